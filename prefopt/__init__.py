@@ -1,0 +1,111 @@
+"""prefopt: preference optimisation for language models in plain PyTorch.
+
+Every public name is importable from here and loaded on first use, so that `import prefopt` costs
+nothing: `prefopt.token_logprobs` imports `prefopt.logprobs`, and only that.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it (a name equal to its module's own is the module itself)
+_MODULE_OF = {
+    "InputError": "errors",
+    "token_logprobs": "logprobs",
+    "gather_logprobs": "logprobs",
+    "sequence_logprobs": "logprobs",
+    "losses": "losses",
+    "PairLogps": "losses",
+    "LOSSES": "losses",
+    "loss_from": "losses",
+    "Message": "data.records",
+    "Pair": "data.records",
+    "DataReport": "data.records",
+    "load_preferences": "data.sources",
+    "encode_pairs": "data.encode",
+    "Batch": "data.packing",
+    "pack": "data.packing",
+    "LoraConfig": "nn.lora",
+    "add_lora": "nn.lora",
+    "adapters": "nn.lora",
+    "merge_lora": "nn.lora",
+    "unmerge": "nn.lora",
+    "save_adapter": "nn.peft_format",
+    "load_adapter": "nn.peft_format",
+    "TrainConfig": "config",
+    "Policy": "policy",
+    "ReferenceCache": "reference",
+    "optimizer_step": "step",
+    "DPO": "objectives.dpo",
+    "evaluate": "evaluate",
+    "train": "train",
+    "Run": "train",
+}
+_FUNCTIONS_NAMED_LIKE_THEIR_MODULE = ("evaluate", "train")
+
+# `X as X`, because that is how a type checker knows a re-export; a test keeps both lists equal.
+if TYPE_CHECKING:
+    from prefopt import losses as losses
+    from prefopt.config import TrainConfig as TrainConfig
+    from prefopt.data.encode import encode_pairs as encode_pairs
+    from prefopt.data.packing import Batch as Batch
+    from prefopt.data.packing import pack as pack
+    from prefopt.data.records import DataReport as DataReport
+    from prefopt.data.records import Message as Message
+    from prefopt.data.records import Pair as Pair
+    from prefopt.data.sources import load_preferences as load_preferences
+    from prefopt.errors import InputError as InputError
+    from prefopt.evaluate import evaluate as evaluate
+    from prefopt.logprobs import gather_logprobs as gather_logprobs
+    from prefopt.logprobs import sequence_logprobs as sequence_logprobs
+    from prefopt.logprobs import token_logprobs as token_logprobs
+    from prefopt.losses import LOSSES as LOSSES
+    from prefopt.losses import PairLogps as PairLogps
+    from prefopt.losses import loss_from as loss_from
+    from prefopt.nn.lora import LoraConfig as LoraConfig
+    from prefopt.nn.lora import adapters as adapters
+    from prefopt.nn.lora import add_lora as add_lora
+    from prefopt.nn.lora import merge_lora as merge_lora
+    from prefopt.nn.lora import unmerge as unmerge
+    from prefopt.nn.peft_format import load_adapter as load_adapter
+    from prefopt.nn.peft_format import save_adapter as save_adapter
+    from prefopt.objectives.dpo import DPO as DPO
+    from prefopt.policy import Policy as Policy
+    from prefopt.reference import ReferenceCache as ReferenceCache
+    from prefopt.step import optimizer_step as optimizer_step
+    from prefopt.train import Run as Run
+    from prefopt.train import train as train
+
+__all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = (
+        module if name == _MODULE_OF[name] and not hasattr(module, name) else getattr(module, name)
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds it as an attribute of its package, so `prefopt.train` would turn
+    from the function into the module once anything ran `import prefopt.train`. Here the function
+    stays; the module is `sys.modules["prefopt.train"]`: `from prefopt.train import ...` works."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FUNCTIONS_NAMED_LIKE_THEIR_MODULE and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,242 @@
+"""Attention over runs: each prompt encoded once, each response seeing its prompt and itself.
+
+Hangs on transformers' own hooks: an attention function called "prefopt", a mask function that
+returns None, and the run table as the extra forward argument ``segments``. A response run attends
+to the keys of its prompt and its own, bottom-right causal, which is what it would see alone:
+
+            p0 p1 p2  a0 a1  b0 b1
+        a0   x  x  x   x
+        a1   x  x  x   x  x
+        b0   x  x  x          x
+        b1   x  x  x          x  x
+
+In 16 bits on CUDA one varlen call serves all runs, and only the prompt's keys and values are
+gathered again. Everywhere else queries go in blocks against the keys they see (``_Blocks``): runs
+of preference data are short, and for a few hundred keys plain matrix products beat torch's CPU
+flash attention, in the bfloat16 backward by five times (docs/design.md).
+
+Shapes: T tokens, L queries of a block, M keys it sees, H query heads, G key/value heads, r = H / G,
+d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NAME = "prefopt"
+QUERY_BLOCK = 128  # bounds the scores in memory to [H, 128, M]
+
+
+class Runs:
+    """The run table of one batch, and what all layers share of it."""
+
+    def __init__(self, segments: Tensor, device: torch.device):
+        self.table: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]
+        self.device = device
+        self.calls = 0  # one per attention layer: how a probe sees that every layer came by
+
+    @functools.cached_property
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(rows of K and V to gather [sum M], cu_seq_q, cu_seq_k, longest L, longest M)."""
+        keys = [[*range(p0, p1), *range(start, end)] for start, end, p0, p1 in self.table]
+        lengths, counts = [b - a for a, b, *_ in self.table], [len(run) for run in keys]
+        gather = torch.tensor([i for run in keys for i in run])
+        cu_q = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        cu_k = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+        gather, cu_q, cu_k = (x.to(self.device, non_blocking=True) for x in (gather, cu_q, cu_k))
+        return gather, cu_q, cu_k, max(lengths), max(counts)
+
+
+def run_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Runs,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **unused,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, d], key and value [1, G, T, d] -> ([1, T, H, d], None).
+
+    The signature of transformers' AttentionInterface. Arguments that would change the result and
+    are not served here (sinks, position bias) raise, and the policy then says so and pads.
+    """
+    for name in ("s_aux", "position_bias"):
+        if unused.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} cannot share a prompt")
+    assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
+    segments.calls += 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and varlen_obstacle(query) is None:
+        return _varlen(query, key, value, segments, scale, sliding_window), None
+    how = _How(scale, sliding_window, softcap)
+    return _Blocks.apply(query[0], key[0], value[0], segments, how)[None], None
+
+
+class _How(NamedTuple):
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class _Block(NamedTuple):
+    """Queries [start, end) and the keys they see: a piece of the prompt and a piece of the run."""
+
+    start: int
+    end: int
+    prompt: slice
+    own: slice
+    hidden: Tensor | None  # [L, M] bool, True where a query must not look; None: nowhere
+
+
+def _blocks(runs: Runs, window: int | None) -> Iterator[_Block]:
+    for run_start, run_end, p0, p1 in runs.table:
+        for start in range(run_start, run_end, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, run_end)
+            behind = p1 - p0 + start - run_start  # position of the first query in its sequence
+            first = 0 if window is None else max(0, behind - window + 1)
+            prompt = slice(min(p0 + first, p1), p1)
+            own = slice(run_start + max(0, first - (p1 - p0)), end)
+            query = torch.arange(behind, behind + end - start, device=runs.device)[:, None]
+            distance = query - torch.arange(first, behind + end - start, device=runs.device)
+            hidden = distance < 0
+            if window is not None:
+                hidden |= distance >= window
+            yield _Block(start, end, prompt, own, hidden if end - start > 1 else None)
+
+
+def _keys(x: Tensor, block: _Block) -> Tensor:
+    """The rows of x [G, T, d] that a block sees, [G, M, d]."""
+    if block.prompt.start == block.prompt.stop:
+        return x[:, block.own]
+    if block.prompt.stop == block.own.start:  # the first response stands right behind its prompt
+        return x[:, block.prompt.start : block.own.stop]
+    return torch.cat([x[:, block.prompt], x[:, block.own]], 1)
+
+
+class _Blocks(torch.autograd.Function):
+    """Softmax attention of every run, block by block; saves q, k, v and the output only.
+
+    Scores and softmax are float32 (float64 for float64); everything else is in the input's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs, how: _How) -> Tensor:
+        heads, tokens, d = q.shape
+        out = q.new_empty(tokens, heads, d)
+        for block in _blocks(runs, how.window):
+            rows = slice(block.start, block.end)
+            weights = _scores(q[:, rows], _keys(k, block), block, how).softmax(-1)
+            mixed = torch.bmm(weights.to(q.dtype), _keys(v, block))  # [G, r L, d]
+            out[rows] = mixed.view(heads, -1, d).transpose(0, 1)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.runs, ctx.how = runs, how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        q, k, v, out = ctx.saved_tensors
+        how, (heads, _, d), groups = ctx.how, q.shape, len(k)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # sum over d of g * out is what the softmax's Jacobian subtracts from every score
+        centre = (grad.to(_wide(q)) * out).sum(-1).t()  # [H, T]
+        for block in _blocks(ctx.runs, how.window):
+            rows = slice(block.start, block.end)
+            keys, values = _keys(k, block), _keys(v, block)
+            scores = _scores(q[:, rows], keys, block, how)
+            slope = None
+            if how.softcap is not None:
+                capped = scores.nan_to_num(neginf=0.0) / how.softcap
+                slope = 1 - capped * capped
+            weights = scores.softmax(-1)
+            g = grad[rows].transpose(0, 1).reshape(groups, -1, d)
+            _add_keys(dv, block, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
+            ds = torch.bmm(g, values.transpose(1, 2)).to(weights.dtype)
+            ds.sub_(centre[:, rows].reshape(groups, -1, 1)).mul_(weights).mul_(how.scale)
+            if slope is not None:
+                ds.mul_(slope)
+            ds = ds.to(g.dtype)
+            dq[:, rows] = torch.bmm(ds, keys).view(heads, -1, d)
+            _add_keys(dk, block, torch.bmm(ds.transpose(1, 2), _grouped(q[:, rows], groups)))
+        return dq, dk, dv, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _grouped(q: Tensor, groups: int) -> Tensor:
+    """[H, L, d] -> [G, r L, d]: the queries of the heads that share a key head, one below another."""
+    return q.reshape(groups, -1, q.shape[-1])
+
+
+def _scores(q: Tensor, keys: Tensor, block: _Block, how: _How) -> Tensor:
+    """cap(scale q k^T) with -inf where hidden, [G, r L, M]; Gemma 2 caps: c tanh(x / c)."""
+    q2, k2 = _grouped(q, len(keys)).to(_wide(q)), keys.to(_wide(q))
+    scores = torch.baddbmm(q2.new_zeros(1, 1, 1), q2, k2.transpose(1, 2), beta=0, alpha=how.scale)
+    if how.softcap is not None:
+        scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    if block.hidden is not None:
+        scores.view(len(keys), -1, *block.hidden.shape).masked_fill_(block.hidden, float("-inf"))
+    return scores
+
+
+def _add_keys(target: Tensor, block: _Block, grad: Tensor) -> None:
+    """Adds grad [G, M, d] to the rows of target [G, T, d] that ``_keys`` read."""
+    prompt = block.prompt.stop - block.prompt.start
+    target[:, block.prompt] += grad[:, :prompt]
+    target[:, block.own] += grad[:, prompt:]
+
+
+def varlen_obstacle(query: Tensor) -> str | None:
+    """Why the varlen kernel cannot take this query, or None."""
+    if query.device.type != "cuda":
+        return f"varlen attention needs a CUDA or ROCm device, not {query.device.type}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"varlen attention works in 16 bits, not {query.dtype}"
+    if query.shape[-1] > 256:
+        return f"head size {query.shape[-1]} is over 256"
+    if torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "varlen attention needs an sm_80 or newer GPU"
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:
+        return "this torch has no torch.nn.attention.varlen"
+    return None
+
+
+def _varlen(q4: Tensor, k4: Tensor, v4: Tensor, runs: Runs, scale, window) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    gather, cu_q, cu_k, max_q, max_k = runs.varlen
+    q = q4[0].transpose(0, 1)
+    k, v = (x[0].transpose(0, 1).index_select(0, gather) for x in (k4, v4))
+    window_size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
+        q, k, v, cu_q, cu_k, max_q, max_k,
+        scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@functools.cache
+def register() -> str:
+    """Make ``attn_implementation="prefopt"`` known to transformers; returns the name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, run_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    return NAME

@@ -1,0 +1,1 @@
+"""From any preference file to packed token batches: records, sources, template, encode, packing."""

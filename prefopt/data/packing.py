@@ -1,0 +1,160 @@
+"""Encoded groups -> Batch: the one layout of every objective.
+
+A *group* is one prompt with its K responses (SFT 1, pairs 2, sampled groups G). In the shared
+layout the prompt is written once and each response continues it from its own position:
+
+    tokens     p0 p1 p2 | a0 a1 | b0 b1 b2          one group of two responses
+    positions   0  1  2 |  3  4 |  3  4  5
+
+The last token of a response predicts nothing, so it is a target but never an input. In the padded
+layout every response is a row of its own behind a copy of its prompt, for models whose attention
+cannot follow the shared one. Both hold the same responses in the same order.
+
+Shapes: T input tokens, S runs, N scored tokens, R responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt.data.encode import Encoded
+
+Layout = Literal["shared", "padded"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed forward pass.
+
+    input_ids, position_ids [T]; score_rows, targets, response_ids [N], ordered by group, then
+    response, then token; row ``score_rows[i]`` of the hidden states predicts ``targets[i]``.
+    segments [S, 4] int32, always on the CPU: (start, end, prefix_start, prefix_end); the queries
+    start..end see the whole prefix and, causally, their own run. ``shape`` is (1, T) in the shared
+    layout and (rows, row length) in the padded one, where whatever no run covers is padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    score_rows: Tensor
+    targets: Tensor
+    response_ids: Tensor
+    num_responses: int
+    layout: Layout
+    shape: tuple[int, int]
+    encoded: tuple[Encoded, ...]  # the groups it was packed from: cache keys, splitting
+    ref_logprobs: Tensor | None = None  # [N] float32
+    weights: Tensor | None = None  # [R] float32, None when all are 1
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.encoded)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the run table stays on the CPU, so no sync later."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "segments"
+        }
+        return replace(self, **moved)
+
+    def split(self, max_tokens: int) -> list[Batch]:
+        """The same groups in smaller batches of at most ``max_tokens`` tokens."""
+        parts = pack(self.encoded, max_tokens=max_tokens, layout=self.layout)
+        device, result, start = self.input_ids.device, [], 0
+        for part in parts:
+            end = start + len(part.targets)
+            if self.ref_logprobs is not None:
+                part = replace(part, ref_logprobs=self.ref_logprobs[start:end])
+            result.append(part.to(device))
+            start = end
+        return result
+
+
+def pack(
+    encoded: Iterable[Encoded], *, max_tokens: int, layout: Layout = "shared"
+) -> Iterator[Batch]:
+    """Pack groups, in order, into batches of at most ``max_tokens`` tokens (padding included).
+
+    A group is never cut: one that is larger than ``max_tokens`` gets a batch of its own.
+    """
+    if layout not in ("shared", "padded"):
+        raise ValueError(f"layout is 'shared' or 'padded', not {layout!r}")
+    held: list[Encoded] = []
+    rows = width = 0  # what the batch measures so far: (1, tokens) or (responses, longest)
+    for item in encoded:
+        new_rows, new_width = _grow(item, rows, width, layout)
+        if held and new_rows * new_width > max_tokens:
+            yield _build(held, layout)
+            held, (new_rows, new_width) = [], _grow(item, 0, 0, layout)
+        held.append(item)
+        rows, width = new_rows, new_width
+    if held:
+        yield _build(held, layout)
+
+
+def _grow(item: Encoded, rows: int, width: int, layout: Layout) -> tuple[int, int]:
+    prompt, inputs = len(item.prompt), [len(r) - 1 for r in item.responses]
+    if layout == "shared":
+        return 1, width + prompt + sum(inputs)
+    return rows + len(inputs), max(width, prompt + max(inputs))
+
+
+def _build(items: list[Encoded], layout: Layout) -> Batch:
+    rows, width = 0, 0
+    for item in items:
+        rows, width = _grow(item, rows, width, layout)
+    ids = np.zeros(rows * width, np.int64)
+    positions = np.zeros(rows * width, np.int64)
+    runs: list[tuple[int, int, int, int]] = []
+    score_rows, targets, lengths = [], [], []
+
+    def place(tokens: np.ndarray, at: int, position: int) -> int:
+        ids[at : at + len(tokens)] = tokens
+        positions[at : at + len(tokens)] = np.arange(position, position + len(tokens))
+        return at + len(tokens)
+
+    cursor = 0
+    for item in items:
+        prompt = len(item.prompt)
+        prompt_start = cursor
+        if layout == "shared":
+            cursor = place(item.prompt, cursor, 0)
+            runs.append((prompt_start, cursor, prompt_start, prompt_start))
+        for response in item.responses:
+            if layout == "padded":
+                prompt_start, row_start = cursor, cursor
+                cursor = place(item.prompt, cursor, 0)
+            start, cursor = cursor, place(response[:-1], cursor, prompt)
+            if layout == "padded":
+                runs.append((row_start, cursor, row_start, row_start))
+                cursor = row_start + width
+            elif cursor > start:
+                runs.append((start, cursor, prompt_start, prompt_start + prompt))
+            # The last prompt row predicts the first token, then each token its successor.
+            score_rows.append([prompt_start + prompt - 1])
+            score_rows.append(np.arange(start, start + len(response) - 1))
+            targets.append(response)
+            lengths.append(len(response))
+
+    weights = [item.weight for item in items for _ in item.responses]
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        segments=torch.tensor(runs, dtype=torch.int32),
+        score_rows=torch.from_numpy(np.concatenate(score_rows).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        response_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        num_responses=len(lengths),
+        layout=layout,
+        shape=(rows, width),
+        encoded=tuple(items),
+        weights=None if all(w == 1 for w in weights) else torch.tensor(weights),
+    )

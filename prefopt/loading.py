@@ -1,0 +1,145 @@
+"""Model folders -> a transformers model and its tokenizer, with clear errors and no surprises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.errors import InputError
+
+EMBEDDED = Path(__file__).parent / "assets"  # the tiny model and preference data of `prefopt demo`
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path names: a base model (folder or hub id) and perhaps an adapter folder on it."""
+
+    base: str
+    adapter: Path | None = None
+
+
+def resolve(path: str | Path) -> Source:
+    """A model folder, an adapter folder, a run folder, "embedded" or a hub id -> Source."""
+    if str(path) == "embedded":
+        return Source(str(EMBEDDED / "model"))
+    folder = Path(path)
+    if (folder / "model").is_dir() and (folder / "config.yaml").is_file():
+        folder = folder / "model"  # a run folder
+    if (folder / "adapter_config.json").is_file():
+        return Source(_base_of_adapter(folder), folder)
+    if folder.is_dir():
+        _check_model_folder(folder)
+        return Source(str(folder))
+    if folder.exists():
+        raise InputError(f"{folder} is a file; a model is a folder with config.json and weights")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise InputError(f"there is no model folder {folder} (absolute: {folder.absolute()})")
+    return Source(str(path))
+
+
+def _base_of_adapter(folder: Path) -> str:
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{file} does not name its base_model_name_or_path ({error!r})") from None
+    if not base:
+        raise InputError(f"{file} has an empty base_model_name_or_path; write the base model there")
+    if not Path(base).is_absolute() and (folder / base).is_dir():
+        base = str(folder / base)
+    return base if resolve(base).adapter is None else _base_of_adapter(Path(base))
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    if not any(f for pattern in WEIGHT_FILES for f in folder.glob(pattern)):
+        raise InputError(
+            f"{folder} has a config.json but no weights (model.safetensors or its shards); "
+            "copy them there or name another model folder"
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto": cuda (ROCm too), xpu, mps or cpu, whichever is there."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.xpu.is_available():
+        return torch.device("xpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 where the GPU has it, float16 on GPUs without, float32 elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if has_bf16 else torch.float16
+        return torch.bfloat16 if device.type == "xpu" else torch.float32
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is 'auto', {', '.join(map(repr, DTYPES))}, not {dtype!r}")
+    return DTYPES[dtype]
+
+
+def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """(causal language model, tokenizer) of a folder or hub id; every failure is an InputError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load a tokenizer from {base}: {_first_line(error)}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # a damaged file raises whatever its parser likes
+        raise InputError(f"cannot load a model from {base}: {_first_line(error)}") from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
+    return model.to(device), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def remove_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of the base model to zero.
+
+    A preference margin compares policy and reference on the same text: noise in one of the two
+    would be noise in the margin. LoRA's own dropout is added later and stays.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_prob", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def copy_tokenizer(base: str, tokenizer: Any, folder: Path) -> None:
+    """Tokenizer and generation files byte for byte: re-saving them changes hashes others check."""
+    source, kept = Path(base), ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+    names = (*kept, "chat_template", "generation_config")
+    files = [f for f in source.glob("*") if f.name.startswith(names)] if source.is_dir() else []
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    if not files:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Objectives: (policy, batch) -> (sum of losses, count, sums of metrics)."""

@@ -1,0 +1,385 @@
+"""Policy: one module whose forward goes from a Batch to per-token log-probs.
+
+Hidden states become log-probs inside this forward and nowhere else, because DDP and FSDP only
+synchronise what runs inside a module's own forward.
+
+Shapes: T tokens, N scored tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prefopt import attention, durable, loading
+from prefopt.attention import Runs
+from prefopt.data.encode import Encoded, encode_prompts
+from prefopt.data.packing import Batch, pack
+from prefopt.data.records import Message
+from prefopt.errors import InputError
+from prefopt.logprobs import token_logprobs
+from prefopt.nn import lora as lora_module
+from prefopt.nn.linear import use_onednn
+from prefopt.nn.lora import LoraConfig, LoraLinear
+from prefopt.nn.peft_format import load_adapter, save_adapter
+
+ADAPTER, REFERENCE = "default", "reference"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled response; ``finish`` is "stop" at an end token and "length" at the limit."""
+
+    text: str
+    finish: str
+
+
+class Policy(nn.Module):
+    """A causal language model, its tokenizer, and what it takes to score batches with it.
+
+    ``reference()`` switches to the starting policy: the base with its adapters off if the adapter
+    started at zero, a frozen copy of the adapter if it did not.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, base: str, attention: str = "auto"):
+        super().__init__()
+        self.model, self.tokenizer, self.base = model, tokenizer, base
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.autocast: torch.dtype | None = None
+        self.adapter: str | None = None
+        self.lora_report = None
+        loading.remove_dropout(model)
+        use_onednn(model)
+        self._head_options = _head_options(model)
+        self._own_attention = model.config._attn_implementation
+        self.layout_reason = self._choose_layout(attention)
+        self._key_cache: tuple[int, dict[str, str]] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        lora: LoraConfig | None = None,
+        quantize: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        attention: str = "auto",
+    ) -> Policy:
+        """Load a model folder, an adapter folder, a run folder, a hub id or "embedded".
+
+        ``lora`` adds a fresh adapter; an adapter folder is loaded as a trainable one. ``dtype`` and
+        ``device``: see ``loading``. ``attention``: "auto" shares prompts where the model allows
+        it, "padded" never. Raises InputError for anything that cannot be loaded.
+        """
+        if quantize is not None:
+            raise InputError(f"quantize={quantize!r} is not available in this release; use None")
+        source, where = loading.resolve(path), loading.pick_device(device)
+        if source.adapter is not None and lora is not None:
+            raise InputError(f"{path} is an adapter already; give lora=None to train it further")
+        model, tokenizer = loading.load_model(
+            source.base, loading.pick_dtype(dtype, where), where
+        )
+        policy = cls(model, tokenizer, base=source.base, attention=attention)
+        if source.adapter is not None:
+            load_adapter(model, source.adapter, ADAPTER)
+            policy._adapter_added()
+        elif lora is not None:
+            policy.lora_report = lora_module.add_lora(model, lora, ADAPTER)
+            policy._adapter_added()
+        return policy
+
+    def _adapter_added(self) -> None:
+        self.adapter = ADAPTER
+        if not lora_module.is_zero_adapter(self.model, ADAPTER):
+            lora_module.copy_adapter(self.model, ADAPTER, REFERENCE)
+
+    # -- what runs
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def layout(self) -> str:
+        return "shared" if self.layout_reason is None else "padded"
+
+    @property
+    def attention_class(self) -> str:
+        """What attention computes with; part of the key of cached reference log-probs."""
+        if self.layout == "padded":
+            return f"padded-{self._own_attention}"
+        probe = torch.empty(0, self._head_size, dtype=self.autocast or self.dtype)
+        obstacle = attention.varlen_obstacle(probe.to(self.device))
+        return "shared-runs" if obstacle else "shared-varlen"
+
+    @property
+    def _head_size(self) -> int:
+        config = self.model.config.get_text_config()
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Log-probs of ``batch.targets`` under the active adapter, [N] float32."""
+        device = self.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            hidden = self._hidden(batch).flatten(0, -2).index_select(0, batch.score_rows)
+            weight, bias = self._head()
+            logps = token_logprobs(hidden, weight, batch.targets, bias=bias, **self._head_options)
+        assert isinstance(logps, Tensor)
+        return logps
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states, [rows, row length, D]."""
+        backbone = self.model.base_model
+        ids = batch.input_ids.view(batch.shape)
+        if batch.layout == "shared":
+            if self.layout == "padded":
+                raise InputError(f"this model needs pack(layout='padded'): {self.layout_reason}")
+            runs = Runs(batch.segments, ids.device)
+            positions = batch.position_ids.view(batch.shape)
+            out = backbone(ids, position_ids=positions, segments=runs, use_cache=False)
+            return out.last_hidden_state
+        mask = torch.zeros(ids.numel(), dtype=torch.long)
+        for start, end, *_ in batch.segments.tolist():
+            mask[start:end] = 1
+        extra = {"position_ids": batch.position_ids.view(batch.shape)}
+        if not _takes(backbone, "position_ids"):
+            extra = {}
+        with self._plain_attention():
+            mask = mask.view(batch.shape).to(ids.device)
+            return backbone(ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        if isinstance(head, LoraLinear) and head.active in head.scaling and not head.merged:
+            a, b = head.A[head.active], head.B[head.active]
+            return head.weight + (head.scaling[head.active] * (b @ a)).to(head.weight), head.bias
+        return head.weight, head.bias
+
+    @contextlib.contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """transformers' own attention and masks: for padded batches and for generation."""
+        config = self.model.config
+        if config._attn_implementation != attention.NAME:
+            yield
+            return
+        self.model.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(attention.NAME)
+
+    def _choose_layout(self, wish: str) -> str | None:
+        """Try prefix sharing on a few tokens; None if it is exact, else why it is not used."""
+        if wish not in ("auto", "padded"):
+            raise InputError(f"attention is 'auto' or 'padded', not {wish!r}")
+        if wish == "padded":
+            return "attention='padded' was asked for"
+        kind = self.model.config.model_type
+        if not getattr(self.model, "_supports_attention_backend", False):
+            return f"{kind} models take no attention function from outside"
+        self.layout_reason: str | None = None
+        try:
+            self.model.set_attn_implementation(attention.register())
+            reason = self._probe_sharing()
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{kind} failed with a shared prompt: {str(error).splitlines()[0]}"
+        if reason:
+            self.model.set_attn_implementation(self._own_attention)
+        return reason
+
+    @torch.no_grad()
+    def _probe_sharing(self) -> str | None:
+        config = self.model.config.get_text_config()
+        ids = (np.arange(12, dtype=np.int32) * 7 + 3) % config.vocab_size
+        group = Encoded(prompt=ids[:5], responses=(ids[5:9], ids[8:12]), index=0)
+        shared, padded = (
+            next(iter(pack([group], max_tokens=64, layout=how))).to(self.device)
+            for how in ("shared", "padded")
+        )
+        runs = Runs(shared.segments, self.device)
+        self.model.base_model(
+            shared.input_ids[None], position_ids=shared.position_ids[None], segments=runs,
+            use_cache=False,
+        )  # fmt: skip
+        if runs.calls != config.num_hidden_layers:
+            return (
+                f"{config.model_type} has {config.num_hidden_layers} layers, of which only "
+                f"{runs.calls} are attention that can share a prompt"
+            )
+        difference = (self(shared) - self(padded)).abs().max().item()
+        if difference > {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.dtype, 0.25):
+            return f"log-probs under a shared prompt differ by {difference:.2g} in {config.model_type}"
+        return None
+
+    # -- the reference
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, forward computes the starting policy; dropout is off."""
+        training = self.training
+        self.eval()
+        with contextlib.ExitStack() as stack:
+            if self.adapter is not None:
+                has_copy = REFERENCE in lora_module.adapter_names(self.model)
+                stack.enter_context(
+                    lora_module.adapters(self.model, REFERENCE if has_copy else None)
+                )
+            try:
+                yield
+            finally:
+                self.train(training)
+
+    def reference_key(self) -> dict[str, str]:
+        """What a reference log-prob depends on: weights (and a non-zero adapter), dtype, attention.
+
+        Hashed again only after an in-place change of a weight.
+        """
+        tensors = sorted(self._reference_tensors())
+        version = sum(t._version for _, t in tensors)
+        if self._key_cache is None or self._key_cache[0] != version:
+            digest = hashlib.sha256()
+            for name, tensor in tensors:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            autocast = f" autocast {self.autocast}" if self.autocast else ""
+            key = {
+                "weights": digest.hexdigest(),
+                "dtype": f"{self.dtype}{autocast}",
+                "attention": self.attention_class,
+            }
+            self._key_cache = (version, key)
+        return dict(self._key_cache[1])
+
+    def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Under the names of the plain model, so that which layers carry an adapter is no matter."""
+        wrapped = {f"{path}.base." for path, _ in lora_module.lora_layers(self.model)}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            path, marker, leaf = name.rpartition(".base.")
+            if f"{path}{marker}" in wrapped:
+                yield f"{path}.{leaf}", tensor
+            elif not (self.adapter and name.endswith((f".A.{ADAPTER}", f".B.{ADAPTER}"))):
+                yield name, tensor
+
+    # -- training, generating, saving
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what an optimizer moves: the adapter, or every weight."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def use_float32_masters(self) -> None:
+        """For full fine-tuning in 16 bits: float32 weights, computed with under autocast.
+
+        A learning rate of 1e-6 moves a bfloat16 weight by less than its last bit.
+        """
+        if self.adapter is None and self.dtype.itemsize == 2:
+            self.autocast = self.dtype
+            self.model.float()
+            self._key_cache = None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str | list[Message]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        template: str = "auto",
+    ) -> list[Generation]:
+        """One response per prompt, a string (one user turn) or messages; temperature 0 is greedy."""
+        turns = [[Message("user", p)] if isinstance(p, str) else p for p in prompts]
+        encoded = encode_prompts(turns, self.tokenizer, template)
+        results: list[Generation] = []
+        training = self.training
+        self.eval()
+        with self._plain_attention(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for start in range(0, len(encoded), batch_size):
+                part = encoded[start : start + batch_size]
+                results += self._generate(part, max_new_tokens, temperature)
+        self.train(training)
+        return results
+
+    def _generate(self, prompts, max_new_tokens: int, temperature: float) -> list[Generation]:
+        eos, config = self.tokenizer.eos_token_id, self.model.generation_config
+        stops = config.eos_token_id if config.eos_token_id is not None else eos
+        stops = {stops} if isinstance(stops, int) else set(stops or [])
+        pad = next(iter(stops), 0) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left padding: every prompt ends at the same column
+            ids[row, width - len(prompt) :] = torch.from_numpy(prompt).long()
+            mask[row, width - len(prompt) :] = 1
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        out = self.model.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            pad_token_id=pad,
+            eos_token_id=sorted(stops) or None,
+            **sampling,
+        )
+        results = []
+        for tokens in out[:, width:].tolist():
+            end = next((i for i, t in enumerate(tokens) if t in stops), None)
+            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            results.append(Generation(text, "length" if end is None else "stop"))
+        return results
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """A PEFT adapter folder, or after full fine-tuning a model folder for transformers and vLLM.
+
+        Written beside and renamed, so that a folder of this name is whole or not there.
+        """
+        folder = Path(folder)
+        if self.adapter is not None:
+            save_adapter(self.model, folder, self.adapter, base_model_name_or_path=self.base)
+            loading.copy_tokenizer(self.base, self.tokenizer, folder)
+            return
+        with durable.new_dir(folder) as partial, self._plain_attention():
+            state = {k: v.to(self.autocast or v.dtype) for k, v in self.model.state_dict().items()}
+            self.model.save_pretrained(partial, state_dict=state)
+            loading.copy_tokenizer(self.base, self.tokenizer, partial)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    return argument in module.forward.__code__.co_varnames
+
+
+@torch.no_grad()
+def _head_options(model: Any) -> dict[str, float]:
+    """Softcap and scale between hidden states and logits, checked against the model's own logits."""
+    config = model.config.get_text_config()
+    options: dict[str, float] = {}
+    if getattr(config, "final_logit_softcapping", None):
+        options["softcap"] = config.final_logit_softcapping
+    if getattr(config, "logit_scale", None):  # Cohere
+        options["scale"] = config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        options["scale"] = 1 / config.logits_scaling
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 9, device=device)[None] % config.vocab_size
+    targets = torch.arange(6, device=device)
+    want = model(ids, use_cache=False).logits[0].float().log_softmax(-1)[targets, targets]
+    head, hidden = model.get_output_embeddings(), model.base_model(ids, use_cache=False)[0][0]
+    got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
+    assert isinstance(got, Tensor)
+    difference = (got - want).abs().max().item()
+    if not difference <= (1e-3 if head.weight.dtype.itemsize >= 4 else 0.25):
+        raise InputError(
+            f"the output head of {config.model_type} does more than a linear layer, a scale and a "
+            f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
+        )
+    return options

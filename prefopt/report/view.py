@@ -1,0 +1,204 @@
+"""The page: its headline in words and numbers, and the template filled in."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prefopt.environment import environment_rows
+from prefopt.metrics import format_count, format_duration
+from prefopt.report.record import Row, RunRecord, ends, finite, number
+from prefopt.report.tables import (
+    MISSING,
+    data_tables,
+    evaluation_rows,
+    interval,
+    percent,
+    sample_pairs,
+    signed,
+)
+
+MAX_SAMPLES = 24
+
+
+class Card(NamedTuple):
+    """One headline figure: where it began, where it ended, and a sentence."""
+
+    title: str
+    first: str
+    last: str
+    sentence: str
+
+
+def page(run: RunRecord) -> str:
+    """The whole page as HTML. All text from files is escaped; only our own SVG is not."""
+    from markupsafe import Markup
+
+    from prefopt.report.charts import draw_charts
+    from prefopt.report.health import health_notes
+
+    charts = [chart._replace(svg=Markup(chart.svg)) for chart in draw_charts(run)]
+    samples = sample_pairs(run)
+    return _template().render(
+        run=run,
+        missing=MISSING,
+        about=about(run),
+        cards=[_loss_card(run), *_preference_cards(run)],
+        facts=facts(run),
+        notes=health_notes(run),
+        charts=charts,
+        evaluation=evaluation_rows(run),
+        samples=samples[:MAX_SAMPLES],
+        more_samples=max(0, len(samples) - MAX_SAMPLES),
+        data=data_tables(run.data),
+        environment=environment_rows(run.env) if run.env else [],
+    )
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("template.html.j2")
+
+
+def about(run: RunRecord) -> str:
+    """What was trained, on what and how, in one sentence."""
+    model, data = (_base_name(run.setting(key)) for key in ("model", "data"))
+    if not model and not data:
+        return "What was trained, and on what, is not recorded."
+    loss, rank, beta = run.setting("loss"), run.setting("lora.r"), number(run.setting("beta"))
+    how = f" with the {loss} loss" if isinstance(loss, str) else ""
+    how += f" (beta {beta:g})" if how and beta is not None else ""
+    if isinstance(rank, int):
+        how += f", LoRA of rank {rank}"
+    elif "lora" in run.config and run.config["lora"] is None:
+        how += ", all weights"
+    on = f"trained on {data}" if data else "trained on data that are not recorded"
+    return f"{model or 'A model'}, {on}{how}."
+
+
+def facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Size, time, speed and memory of the run."""
+    kept, epochs = number(run.data.get("kept")), finite(run.train, "epoch")
+    steps, seconds = finite(run.train, "step"), finite([*run.train, *run.evals], "elapsed_s")
+    rate, memory = finite(run.train, "tokens_per_s"), finite(run.train, "peak_memory_bytes")
+    useful = finite(run.train, "flop_utilization")
+    size = f"{steps[-1]:,.0f}" if len(steps) else MISSING
+    plural = "" if len(epochs) and round(epochs[-1], 3) == 1 else "s"
+    epoch = f" ({epochs[-1]:.3g} epoch{plural})" if len(epochs) else ""
+    out = [
+        ("Pairs read", MISSING if kept is None else f"{kept:,.0f}"),
+        ("Steps", size + epoch),
+        ("Time", format_duration(seconds.max()) if len(seconds) else MISSING),
+        ("Tokens per second", format_count(float(np.median(rate))) if len(rate) else MISSING),
+        ("Peak memory", _gib(memory.max()) if len(memory) else MISSING),
+    ]
+    if len(useful):
+        out.append(("Useful FLOPs", f"{np.median(useful):.0%} of GEMM"))
+    return out
+
+
+def _loss_card(run: RunRecord) -> Card:
+    train, held = ends(finite(run.train, "loss")), finite(run.evals, "eval_loss")
+    if train is None:
+        return Card("Loss", MISSING, "", "No training step was recorded.")
+    count = min(20, max(1, len(finite(run.train, "loss")) // 10))
+    over = f" (mean of the last {count} logged steps)" if count > 1 else ""
+    text = f"Training loss went from {train[0]:.4f} to {train[1]:.4f}{over}"
+    if len(held) > 1:
+        text += f"; on held-out pairs it went from {held[0]:.4f} to {held[-1]:.4f}"
+    elif len(held):
+        text += f"; on held-out pairs it is {held[-1]:.4f}"
+    return Card("Loss", f"{train[0]:.3f}", f"{train[1]:.3f}", text + ".")
+
+
+class _Measured(NamedTuple):
+    """Accuracy and margin at one point of the run, (value, low, high), as far as recorded."""
+
+    when: str
+    accuracy: tuple[float, float | None, float | None] | None
+    margin: tuple[float, float | None, float | None] | None
+    tied: bool  # every pair: the policy is its own reference
+    pairs: float | None
+
+
+def _preference_cards(run: RunRecord) -> list[Card]:
+    before, after, where = _measured(run)
+    where = f"{after.pairs:,.0f} {where}" if after.pairs else where
+    cards = []
+    for title, key, show, what, over in (
+        ("Accuracy", "accuracy", percent, "The chosen answer has the higher reward in", "of"),
+        ("Margin", "margin", signed, "Chosen minus rejected reward is", "on average over"),
+    ):
+        old, new = getattr(before, key), getattr(after, key)
+        if new is None:
+            cards.append(Card(title, MISSING, "", "No evaluation was recorded."))
+            continue
+        amount = f"{show(new[0])}{interval(new[1], new[2], show, '95% interval ')}"
+        if before.tied:
+            was = "every pair was a tie, because the model was still its own reference"
+        elif old is not None:
+            was = f"it was {show(old[0])}{interval(old[1], old[2], show)}"
+        else:
+            was = "it was not measured"
+        text = f"{what} {amount} {over} {where}; {before.when} {was}."
+        first = "tied" if before.tied and key == "accuracy" else show(old[0]) if old else ""
+        cards.append(Card(title, first, show(new[0]), text))
+    return cards
+
+
+def _measured(run: RunRecord) -> tuple[_Measured, _Measured, str]:
+    """(start, end, of which pairs): the final evaluation, else held-out rows, else training."""
+    before, after = (run.evaluation.get(stage) for stage in ("before", "after"))
+    if isinstance(after, dict):
+        start = before if isinstance(before, dict) else {}
+        first, last = (_point(row, "accuracy", "margin_mean", "") for row in (start, after))
+        return first, last, "held-out pairs"
+    names = ("rewards/accuracies", "rewards/margins")
+    held = [row for row in run.evals if number(row.get(f"eval_{names[0]}")) is not None]
+    if held:
+        right, margin = (f"eval_{name}" for name in names)
+        start = held[0] if len(held) > 1 else {}
+        when = f"at step {number(start.get('step')):.0f}" if start else "before training"
+        first, last = (_point(row, right, margin, "eval_", when) for row in (start, held[-1]))
+        return first, last, "held-out pairs"
+    values = {name: ends(finite(run.train, name)) for name in names}
+    first, last = ({k: v[i] for k, v in values.items() if v} for i in (0, 1))
+    when = "at the first step"
+    return _point(first, *names, "", when), _point(last, *names, "", when), "training pairs"
+
+
+def _point(
+    row: Row, accuracy: str, margin: str, prefix: str, when: str = "before training"
+) -> _Measured:
+    keys = ("accuracy_low", "accuracy_high", "margin_low", "margin_high", "ties", "n")
+    cells = [number(row.get(key)) for key in (accuracy, margin, *(prefix + key for key in keys))]
+    right, mean, low, high, margin_low, margin_high, ties, pairs = (
+        None if cell is None or math.isnan(cell) else cell for cell in cells
+    )
+    return _Measured(
+        when,
+        None if right is None else (right, low, high),
+        None if mean is None else (mean, margin_low, margin_high),
+        tied=(right == 0 and mean == 0) or (bool(pairs) and ties == pairs),
+        pairs=pairs,
+    )
+
+
+def _base_name(value: Any) -> str:
+    return str(value).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if value else ""
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
