@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install 
 # One test file per worker at a time; tests/conftest.py holds torch to one thread in each.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
+# The real preference pairs that benchmarks run on.
+HH ?= ../shared/data/hh_harmless.jsonl.gz
+
 .PHONY: demo test check bench
 .NOTPARALLEL:
 
@@ -25,7 +28,7 @@ check: $(VENV)/.dev
 	@$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.bench
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python benchmarks/bench_dpo_step.py $(HH)
 
 # Without an NVIDIA driver torch goes in first, as exactly the pinned version, from whichever of pip's
 # sources has a build for the CPU; left to the resolver it would bring gigabytes of CUDA libraries.

@@ -1,10 +1,11 @@
-"""Trains the tiny model that ships in `prefopt/assets`, from nothing: its tokenizer, its weights, its preference pairs.
+"""Makes `prefopt/assets`, the tiny model and its preference pairs, from nothing.
 
-    python examples/train_tiny.py                 # rewrites prefopt/assets, about ten minutes on two cores
-    python examples/train_tiny.py --out /tmp/tiny --steps 50
+    python examples/train_tiny.py                    # about ten minutes on two free cores
+    python examples/train_tiny.py --out runs/tiny --steps 50
 
-One seed decides everything; the same machine writes the same bytes again. Simplified on purpose: the corpus is drawn
-afresh instead of read in epochs, the loss is on the answers only, float32 throughout, stored in bfloat16.
+One seed decides everything: the same machine writes the same bytes again. Kept simple on purpose:
+the corpus is drawn afresh instead of read in epochs, the loss is on the answers only, training is
+in float32 and the weights are stored in bfloat16.
 
 Shapes: B rows of L tokens, each row packed with whole conversations.
 """
@@ -16,11 +17,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tiny_corpus import conversations, preference_pairs
+from safetensors.torch import save
+from tiny_corpus import Message, conversations, preference_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +40,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-VOCABULARY = 1536
+VOCABULARY = 2048
 CONTEXT = 512
 CONFIG = {
     "vocab_size": VOCABULARY,
@@ -55,7 +57,7 @@ CONFIG = {
 }
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------
+# --- tokenizer -----------------------------------------------------------------------------------
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -69,13 +71,14 @@ def train_tokenizer(seed: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (message["content"] for messages in conversations(seed, 20_000) for message in messages)
+    sample = islice(conversations(seed), 20_000)
+    texts = (message["content"] for messages in sample for message in messages)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def encode(messages: list[dict[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A conversation's tokens as `CHAT_TEMPLATE` writes them, and its labels: the answers with their EOS."""
+def encode(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A conversation's tokens, as `CHAT_TEMPLATE` writes them, and its labels: answers and EOS."""
     ids, labels = [BOS], [IGNORE]
     for message in messages:
         role = SPECIAL.index(f"<|{message['role']}|>")
@@ -87,20 +90,21 @@ def encode(messages: list[dict[str, str]], tokenizer: Tokenizer) -> tuple[list[i
     return ids, labels
 
 
-# --- batches ----------------------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 
-def packed_rows(seed: int, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Rows of `length` tokens filled with whole conversations: (ids, labels, positions), positions from 0 in each."""
-    ids, labels, positions = [], [], []
-    for messages in conversations(seed, 10**9):
-        more_ids, more_labels = encode(messages, tokenizer)
-        if len(ids) + len(more_ids) > length:
-            rest = length - len(ids)
-            yield ids + [PAD] * rest, labels + [IGNORE] * rest, positions + list(range(rest))
-            ids, labels, positions = [], [], []
-        ids, labels = ids + more_ids, labels + more_labels
-        positions += range(len(more_ids))
+def packed_rows(seed: int, tokenizer: Tokenizer, length: int) -> Iterator[list[list[int]]]:
+    """Rows [3, L] of whole conversations: ids, labels, and positions from 0 in each of them."""
+    row = [[], [], []]
+    for messages in conversations(seed):
+        ids, labels = encode(messages, tokenizer)
+        room = length - len(row[0])
+        if len(ids) > room:
+            filling = [PAD] * room, [IGNORE] * room, range(room)
+            yield [[*column, *more] for column, more in zip(row, filling, strict=True)]
+            row = [[], [], []]
+        for column, more in zip(row, (ids, labels, range(len(ids))), strict=True):
+            column.extend(more)
 
 
 def batches(seed: int, tokenizer: Tokenizer, rows: int, length: int) -> Iterator[torch.Tensor]:
@@ -110,7 +114,7 @@ def batches(seed: int, tokenizer: Tokenizer, rows: int, length: int) -> Iterator
         yield torch.tensor([next(stream) for _ in range(rows)]).transpose(0, 1)
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -121,29 +125,27 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_model(tokenizer: Tokenizer, seed: int, steps: int, rows: int, length: int, peak: float) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+def train_model(batch: Iterator[torch.Tensor], steps: int, peak: float) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
-    stream = batches(seed, tokenizer, rows, length)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     start = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        ids, labels, positions = next(stream)
+        ids, labels, positions = next(batch)
         # Positions that start again at 0 tell transformers where a packed conversation ends.
-        loss = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False).loss
+        loss = model(ids, labels=labels, position_ids=positions, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - start:5.0f} s", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:5.0f} s", flush=True)
     return model
 
 
-# --- assets -----------------------------------------------------------------------------------------------------
+# --- assets --------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, content: dict | list) -> None:
@@ -153,25 +155,25 @@ def write_json(path: Path, content: dict | list) -> None:
 def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
     """A folder that transformers loads: bfloat16 weights, the tied head stored once."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
-    model.config.dtype = "bfloat16"
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.to_json_file(folder / "config.json")
-    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    write_json(folder / "generation_config.json", special)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    write_json(folder / "generation_config.json", ids)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.dtype = "bfloat16"
+    model.config.to_json_file(folder / "config.json")
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": SPECIAL[PAD],
         "bos_token": SPECIAL[BOS],
         "eos_token": SPECIAL[EOS],
         "model_max_length": CONTEXT,
-        "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
-    })  # fmt: skip
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def write_pairs(path: Path, pairs: list[dict]) -> None:
@@ -184,30 +186,33 @@ def write_pairs(path: Path, pairs: list[dict]) -> None:
 
 
 def all_pairs(seed: int) -> list[dict]:
-    return preference_pairs(seed, 1_800, "train") + preference_pairs(seed, 300, "test")
+    return preference_pairs(seed, 2_000, "train") + preference_pairs(seed, 300, "test")
 
 
-def demo_prompts(pairs: list[dict]) -> list[list[dict[str, str]]]:
-    """The first short test prompt of each of these kinds."""
+def demo_prompts(pairs: list[dict]) -> list[list[Message]]:
+    """The first test prompt of each of these kinds that is a single message."""
     kinds = ["capital", "sum", "rhyme", "task", "list", "worry", "unsafe", "name"]
-    short = [pair for pair in pairs if pair["split"] == "test" and len(pair["prompt"]) == 1]
-    return [next(pair["prompt"] for pair in short if pair["kind"] == kind) for kind in kinds]
+    single = [pair for pair in pairs if pair["split"] == "test" and len(pair["prompt"]) == 1]
+    return [next(pair["prompt"] for pair in single if pair["kind"] == kind) for kind in kinds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--rows", type=int, default=24, help="rows of a batch")
     parser.add_argument("--length", type=int, default=160, help="tokens of a row")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--threads", type=int, default=2, help="part of what makes the bytes the same again")
+    parser.add_argument("--threads", type=int, default=2, help="the bytes depend on it")
     args = parser.parse_args()
+    torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
 
     tokenizer = train_tokenizer(args.seed)
-    model = train_model(tokenizer, args.seed, args.steps, args.rows, args.length, args.lr)
+    stream = batches(args.seed, tokenizer, args.rows, args.length)
+    model = train_model(stream, args.steps, args.lr)
     write_model(args.out / "model", model, tokenizer)
     pairs = all_pairs(args.seed)
     write_pairs(args.out / "preferences.jsonl.gz", pairs)

@@ -95,9 +95,9 @@ def _version(package: str) -> str | None:
 
 
 def _own_version() -> str | None:
-    import prefopt
+    from prefopt import __version__
 
-    return getattr(prefopt, "__version__", None) or _version("prefopt")
+    return __version__
 
 
 def _git() -> dict[str, Any] | None:

@@ -253,7 +253,7 @@ class Policy(nn.Module):
             autocast = f" autocast {self.autocast}" if self.autocast else ""
             key = {
                 "weights": digest.hexdigest(),
-                "dtype": f"{self.dtype}{autocast}",
+                "dtype": f"{self.dtype}{autocast}".replace("torch.", ""),
                 "attention": self.attention_class,
             }
             self._key_cache = (version, key)

@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors", "durable"),
     ("logprobs", "losses", "rl", "dispatch"),
-    ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment"),
+    ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     ("attention", "loading", "policy", "reference", "rollout", "checkpoint"),
     ("step",),
-    ("objectives", "evaluate"),
-    ("train", "report", "export", "plan"),
+    ("objectives", "evaluate", "flops"),
+    ("train", "rundir", "report", "export", "plan"),
     ("demo",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,456 @@
+"""What each command does. Arguments are its flags, docstrings its help; nothing here parses.
+
+Heavy imports stay inside the functions, so that `prefopt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefopt.config import TrainConfig, default_cache
+from prefopt.errors import InputError
+from prefopt.nn.lora_linear import LoraConfig
+
+if TYPE_CHECKING:
+    from prefopt.data.records import Pair
+    from prefopt.policy import Policy
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line to the terminal; plain where stdout is not one."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+
+
+def pairs(
+    data: str, split: str | None, columns: dict[str, str | None] | None, *, quiet: bool = False
+) -> Any:
+    """The preference pairs of --data, with the report of what was read printed."""
+    from prefopt.data.sources import load_preferences
+    from prefopt.loading import EMBEDDED
+
+    embedded = data == "embedded"
+    source: Any = EMBEDDED / "preferences.jsonl.gz" if embedded else data
+    if embedded:
+        rows = _rows(source)
+        source = [row for row in rows if split is None or row.get("split") == split]
+    result = load_preferences(source, split=None if embedded else split, columns=columns)
+    if embedded:
+        result.report.source = "embedded"
+    for line in () if quiet else result.report.lines():
+        say(line)
+    return result
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import gzip
+
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def dpo(
+    config: TrainConfig,
+    model: str = "embedded",
+    data: str = "embedded",
+    split: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Train a model on preference pairs with DPO.
+
+    Args:
+        model: model, adapter or run folder, or hub id; embedded is the tiny model in the package.
+        data: file, folder or hub id of preference pairs; embedded is the set in the package.
+        split: which split of the data.
+        columns: names of your columns, for example {prompt: question, chosen: good, rejected: bad}.
+        loss: preference loss.
+        beta: weight of staying close to the reference; a higher beta stays closer.
+        label_smoothing: probability that a label is wrong.
+        lora: adapter to train; null trains all weights.
+        dtype: of the weights; auto is bfloat16 on GPUs that have it, else float16 there, and
+            float32 on CPU.
+        device: auto, cpu, cuda, cuda:1, xpu or mps.
+        dry_run: resolve everything, print the plan and a token preview, train and write nothing.
+        quiet: print nothing but errors.
+    """
+    import torch
+
+    from prefopt.objectives.dpo import DPO
+    from prefopt.rundir import RunDir
+    from prefopt.train import find_checkpoint, make_plan, train
+
+    extra = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    objective = DPO(loss, beta, **extra)
+    RunDir(Path(config.out), resuming=config.resume is not None)
+    find_checkpoint(config)
+    source = pairs(data, split, columns, quiet=quiet)
+    torch.manual_seed(config.seed)  # the adapter's A is drawn from it
+    policy = load_policy(model, lora, dtype, device)
+    if not quiet or dry_run:
+        describe(policy, lora)
+    if dry_run:
+        show_plan(policy, source, config, make_plan(policy, source, config))
+        return 0
+    settings = {
+        "command": "dpo",
+        "model": model,
+        "base": policy.base,
+        "data": data,
+        "split": split,
+        "columns": columns,
+        "loss": loss,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "lora": asdict(lora) if lora and policy.lora_report else None,
+        "dtype": dtype,
+        "device": device,
+    }
+    run = train(objective, policy, source, config, quiet=quiet, settings=settings)
+    if not quiet:
+        finish(run)
+    return 0
+
+
+def load_policy(model: str, lora: LoraConfig | None, dtype: str, device: str) -> Policy:
+    """--model with a fresh adapter, or with its own where --model is an adapter already."""
+    from prefopt import loading
+    from prefopt.policy import Policy
+
+    quiet_transformers()
+    has_adapter = loading.resolve(model).adapter is not None
+    return Policy.from_pretrained(
+        model, lora=None if has_adapter else lora, dtype=dtype, device=device
+    )
+
+
+def quiet_transformers() -> None:
+    """Its progress bars and warnings would tear ours apart."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def describe(policy: Policy, lora: LoraConfig | None) -> None:
+    """Which parameters train, on what, in which layout."""
+    dtype = str(policy.dtype).removeprefix("torch.")
+    say(f"{policy.base}: {policy.model.config.model_type}, {dtype} on {policy.device}")
+    for line in policy.lora_report.lines() if policy.lora_report else ():
+        say(line)
+    if policy.adapter is None:
+        say(f"training all {sum(p.numel() for _, p in policy.trainable()):,} weights")
+    elif policy.lora_report is None:
+        say("training the adapter of --model further; the reference is a frozen copy of it")
+    if policy.layout_reason:
+        say(f"prompts are not shared between responses: {policy.layout_reason}")
+
+
+def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> None:
+    """What a run would do, and the first pair as the model sees it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from prefopt.data.encode import preview
+
+    say(f"template: {plan.encoded.template}")
+    for name, count in plan.encoded.counts.items():
+        if count:
+            say(f"{name}: {count:,}")
+    tokens = [len(e.prompt) + sum(map(len, e.responses)) for e in plan.encoded]
+    say(
+        f"{len(plan.train):,} pairs to train on, {len(plan.held_out):,} held out; "
+        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens a pair, at most {max(tokens)}"
+    )
+    cache = config.cache or default_cache()
+    say(f"reference log-probs in {cache}; run folder {config.out} (not written: --dry_run)")
+    style = {"prompt": "dim", "response": "green", "eos": "bold magenta", "truncated": "bold red"}
+    console = Console(highlight=False, soft_wrap=True)
+    for kind, text in preview(plan.encoded[plan.train[0]], policy.tokenizer):
+        console.print(Text(f"{kind:>9}  "), Text(repr(text), style=style.get(kind, "")), sep="")
+
+
+def finish(run: Any) -> None:
+    """The last lines: what came out and what to do with it."""
+    if run.stopped:
+        rows = [row for row in run.metrics if "loss" in row]
+        say(f"stopped at step {rows[-1]['step'] if rows else 0}; continue with --resume auto")
+        return
+    known = json.loads((run.dir / "evaluation.json").read_text()) if has_evaluation(run) else {}
+    for stage in ("before", "after"):
+        if stage in known:
+            say(f"{stage:>6}: {summary_line(known[stage])}")
+    say(f"model:  {run.dir / 'model'}")
+    say(f"report: {run.dir / 'report.html'}")
+
+
+def has_evaluation(run: Any) -> bool:
+    return (run.dir / "evaluation.json").is_file()
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """Accuracy and margin of a preference evaluation, with intervals."""
+    n, ties = summary["n"], summary["ties"]
+    if ties == n:
+        return f"policy = reference: all margins are 0 ({n} pairs)"
+    text = f"accuracy {summary['accuracy']:.1%}"
+    if summary["accuracy_low"] is not None:
+        text += f" [{summary['accuracy_low']:.1%}, {summary['accuracy_high']:.1%}]"
+    text += f", margin {summary['margin_mean']:.3f}"
+    if summary["margin_low"] is not None:
+        text += f" [{summary['margin_low']:.3f}, {summary['margin_high']:.3f}]"
+    return f"{text} ({n} pairs, 95% intervals over {summary['prompts']} prompts)"
+
+
+def evaluate(
+    model: str,
+    data: str = "embedded",
+    split: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    reference: str | None = None,
+    held_out: float | None = None,
+    beta: float = 0.1,
+    max_length: int = 1024,
+    micro_tokens: int = 4096,
+    template: str = "auto",
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    out: str | None = None,
+) -> int:
+    """Preference accuracy and margin of a model against its reference, with bootstrap intervals.
+
+    Args:
+        model: run, adapter or model folder.
+        data: file, folder or hub id of preference pairs.
+        split: which split of the data.
+        columns: names of your columns.
+        reference: model folder to compare with; known where model is a run or an adapter.
+        held_out: only the prompts that training with this eval_fraction held out.
+        beta: scale of the margin.
+        max_length: most tokens of prompt and response.
+        micro_tokens: most tokens in one packed forward.
+        template: how conversations become text.
+        dtype: of the weights.
+        device: auto, cpu, cuda, cuda:1, xpu or mps.
+        out: JSON file to write the result to.
+    """
+    from prefopt import durable
+    from prefopt.data.encode import encode_pairs
+    from prefopt.data.packing import pack
+    from prefopt.data.split import split_pairs
+    from prefopt.evaluate import evaluate as run_evaluation
+    from prefopt.objectives.dpo import DPO
+    from prefopt.train import context_length
+
+    source: list[Pair] = list(pairs(data, split, columns))
+    if held_out is not None:
+        source = [source[i] for i in split_pairs(source, held_out)[1]]
+    policy = load_policy(model, None, dtype, device)
+    against = _reference(model, reference, policy, dtype, device)
+    length = min(max_length, context_length(policy))
+    encoded = encode_pairs(source, policy.tokenizer, max_length=length, template=template)
+    batches = pack(encoded, max_tokens=micro_tokens, layout=policy.layout)
+    with_reference = (replace(b, ref_logprobs=against(b)) for b in batches)
+    result = run_evaluation(policy, with_reference, DPO(beta=beta))
+    say(summary_line(result.summary))
+    say(f"log pi(chosen) > log pi(rejected): {result.metrics['logps/accuracies']:.1%}")
+    if out:
+        durable.write_json(out, {**result.summary, **result.metrics, "counts": encoded.counts})
+    return 0
+
+
+def _reference(model: str, reference: str | None, policy: Policy, dtype: str, device: str):
+    """batch -> reference log-probs [N]: the base of an adapter, or another model folder."""
+    import torch
+    import yaml
+
+    from prefopt import loading
+    from prefopt.nn.lora import adapters
+
+    config = Path(model) / "config.yaml"
+    if reference is None and policy.adapter is None and config.is_file():
+        reference = yaml.safe_load(config.read_text()).get("base")
+    if reference is None and policy.adapter is None:
+        raise InputError(
+            f"{model} is neither a run nor an adapter, so it is not known what it started from; "
+            "name the starting model with --reference"
+        )
+    other = policy if reference is None else load_policy(reference, None, dtype, device)
+    if other is not policy and loading.resolve(reference or "").adapter is not None:
+        raise InputError(f"--reference {reference} is an adapter; name a model folder")
+
+    def logprobs(batch):
+        with torch.no_grad(), adapters(other.model, None):
+            return other(batch.to(other.device))
+
+    return logprobs
+
+
+def generate(
+    model: str = "embedded",
+    prompt: list[str] | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    template: str = "auto",
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> int:
+    """Answer prompts with a model.
+
+    Args:
+        model: run, adapter or model folder, or hub id.
+        prompt: a user turn, or a list of them; without it, the lines of standard input.
+        max_new_tokens: longest answer.
+        temperature: 0 takes the likeliest token, 1 samples from the model.
+        seed: of the sampling.
+        template: how conversations become text.
+        dtype: of the weights.
+        device: auto, cpu, cuda, cuda:1, xpu or mps.
+    """
+    given = [prompt] if isinstance(prompt, str) else prompt
+    prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise InputError("there is no prompt; give --prompt TEXT or lines on standard input")
+    policy = load_policy(model, None, dtype, device)
+    answers = policy.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        template=template,
+    )
+    for text, answer in zip(prompts, answers, strict=True):
+        say(f"> {text}", style="dim")
+        say(answer.text.strip() + ("" if answer.finish == "stop" else " ..."))
+        say()
+    return 0
+
+
+def cache_build(
+    config: TrainConfig,
+    model: str = "embedded",
+    data: str = "embedded",
+    split: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    quiet: bool = False,
+) -> int:
+    """Compute the reference log-probs that `prefopt dpo` with the same flags would need.
+
+    Args:
+        model: as for dpo.
+        data: as for dpo.
+        split: as for dpo.
+        columns: as for dpo.
+        lora: as for dpo; with null, 16-bit weights are kept in float32.
+        dtype: as for dpo.
+        device: as for dpo.
+        quiet: print nothing but errors.
+    """
+    from prefopt.metrics import Progress
+    from prefopt.reference import ReferenceCache
+    from prefopt.stop import Stopped, StopSignal
+    from prefopt.train import fill_cache, make_plan
+
+    source = pairs(data, split, columns, quiet=quiet)
+    policy = load_policy(model, lora, dtype, device)
+    policy.use_float32_masters()
+    plan = make_plan(policy, source, config)
+    cache = ReferenceCache(config.cache or default_cache())
+    with Progress(quiet=quiet) as progress, StopSignal() as stop:
+        try:
+            fill_cache(cache, policy, plan, config, policy.reference_key(), progress, stop)
+        except Stopped:
+            say("stopped; what was computed is kept")
+    if not quiet:
+        say(f"{cache.dir}: {cache.hits:,} responses on disk, {cache.misses:,} computed now "
+            f"in {cache.forwards:,} forward passes")  # fmt: skip
+    return 0
+
+
+def cache_info(cache: str | None = None) -> int:
+    """List the references whose log-probs are on disk.
+
+    Args:
+        cache: folder of the cache; null is the user's.
+    """
+    _print_references(cache, verify=False)
+    return 0
+
+
+def cache_verify(cache: str | None = None) -> int:
+    """Read every stored log-prob and check it; exit code 2 names a damaged file.
+
+    Args:
+        cache: folder of the cache; null is the user's.
+    """
+    _print_references(cache, verify=True)
+    say("every record is intact")
+    return 0
+
+
+def _print_references(cache: str | None, *, verify: bool) -> None:
+    from prefopt.reference import ReferenceCache
+
+    folder = Path(cache) if cache else default_cache()
+    if cache and not folder.is_dir():
+        raise InputError(f"there is no cache folder {folder}")
+    store = ReferenceCache(folder)
+    rows = store.verify()["references"] if verify else store.info()
+    say(f"{folder}: {len(rows)} reference{'s' * (len(rows) != 1)}")
+    for row in rows:
+        key = row["key"]
+        say(
+            f"{row['folder']}  weights {key['weights'][:12]}, {key['dtype']}, {key['attention']}: "
+            f"{row['responses']:,} responses, {row['tokens']:,} tokens, {row['bytes'] / 1e6:.1f} MB"
+        )
+
+
+def report(run: str) -> int:
+    """Write report.html of a run folder, finished or not.
+
+    Args:
+        run: the run folder.
+    """
+    from prefopt.report import write_report
+
+    say(str(write_report(run)))
+    return 0
+
+
+def env() -> int:
+    """Print versions and devices, safe to paste into a bug report."""
+    from prefopt.environment import environment, environment_lines
+
+    for line in environment_lines(environment()):
+        say(line)
+    return 0
+
+
+def demo(out: str | None = None, max_steps: int | None = None) -> int:
+    """Train the tiny model in the package with DPO and show what it writes before and after.
+
+    Args:
+        out: folder of the run; null is a new folder under runs/.
+        max_steps: stop after so many steps.
+    """
+    from prefopt.demo import run_demo
+
+    return run_demo(out, max_steps)

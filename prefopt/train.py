@@ -1,0 +1,389 @@
+"""The training loop: when to step, evaluate, save and log.
+
+Everything a run does is decided by (data, configuration, seed) and a step number, so resuming at a
+step means recomputing the plan and loading the tensors; no iterator is ever saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt import checkpoint
+from prefopt.config import TrainConfig, default_cache
+from prefopt.data.encode import Encoded, encode_pairs
+from prefopt.data.packing import Batch, pack
+from prefopt.data.records import Message, Pair
+from prefopt.data.split import split_pairs
+from prefopt.errors import InputError
+from prefopt.evaluate import Evaluation, evaluate
+from prefopt.flops import useful_flops
+from prefopt.metrics import Meter, MetricsLog, Progress, gemm_rate, peak_memory_bytes, read_metrics
+from prefopt.objectives.dpo import DPO
+from prefopt.optim import lr_factor, make_optimizer, make_scaler, warmup_steps
+from prefopt.policy import Policy
+from prefopt.reference import ReferenceCache
+from prefopt.rundir import RunDir
+from prefopt.step import optimizer_step
+from prefopt.stop import Stopped, StopSignal
+
+_log = logging.getLogger("prefopt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or stopped run: its folder and the rows of its metrics.jsonl."""
+
+    dir: Path
+    stopped: bool = False
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.dir / "metrics.jsonl")[0]
+
+    def report(self) -> Path:
+        """Write report.html anew and return its path."""
+        from prefopt.report import write_report
+
+        return write_report(self.dir)
+
+
+def train(
+    objective: DPO,
+    policy: Policy,
+    data: Sequence[Pair],
+    config: TrainConfig,
+    *,
+    quiet: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> Run:
+    """Train ``policy`` on preference pairs and write the run folder ``config.out``.
+
+    Encodes, holds out prompts, computes the reference log-probs that are not on disk yet, trains,
+    evaluates, saves. ``settings`` is what config.yaml records besides ``config``. SIGTERM and the
+    first Ctrl-C save a checkpoint and return a Run with ``stopped``. Raises InputError for bad
+    input, before anything is written, and FloatingPointError for a loss that is not finite.
+    """
+    resume_from = find_checkpoint(config)
+    plan = make_plan(policy, data, config)
+    run = RunDir(Path(config.out), resuming=config.resume is not None)
+    with Progress(quiet=quiet) as progress, StopSignal() as stop:
+        loop = _Loop(objective, policy, plan, config, run, progress, stop)
+        run.start(plan.notes, config, settings or {})
+        try:
+            loop.run(resume_from)
+        except Stopped:
+            loop.save_stopped()
+            return Run(run.dir, stopped=True)
+        finally:
+            run.report()
+    return Run(run.dir)
+
+
+# -- what is decided before anything runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The encoded pairs, which of them train, and how many steps that makes."""
+
+    encoded: Sequence[Encoded]
+    train: list[int]  # positions in encoded
+    held_out: list[int]
+    steps: int
+    prompts: list[list[Message]]  # held-out prompts to answer before and after
+    notes: dict[str, Any]  # for data_report.json
+
+
+def make_plan(policy: Policy, data: Sequence[Pair], config: TrainConfig) -> Plan:
+    """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
+    longest = min(config.max_length, context_length(policy))
+    encoded = encode_pairs(
+        data, policy.tokenizer, max_length=longest, template=config.template
+    )
+    at = {item.index: i for i, item in enumerate(encoded)}
+    train, held_out = split_pairs(data, config.eval_fraction)
+    train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
+    if not train:
+        raise InputError("no pair is left to train on; lower eval_fraction or give more data")
+    plan_steps = sum(1 for _ in _step_groups(encoded, train, config))
+    steps = min(plan_steps, config.max_steps or plan_steps)
+    prompts = list({str(data[i].prompt): data[i].prompt for i in held_rows}.values())
+    report = getattr(data, "report", None)
+    notes = {
+        **(report.to_dict() if report else {"source": "pairs", "rows": len(data)}),
+        "encoding": {
+            "template": encoded.template,
+            "max_length": longest,
+            **encoded.counts,
+            "train pairs": len(train),
+            "held-out pairs": len(held_rows),
+        },
+    }
+    return Plan(
+        encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes
+    )
+
+
+def context_length(policy: Policy) -> int:
+    config = policy.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def _step_groups(
+    encoded: Sequence[Encoded], train: list[int], config: TrainConfig
+) -> Iterator[tuple[float, list[int]]]:
+    """(epoch reached, pairs) of every step of every epoch; shuffled by (seed, epoch)."""
+    for epoch in range(config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(train).tolist()
+        done, group, tokens = 0, [], 0
+        for i in order:
+            size = len(encoded[i].prompt) + sum(len(r) - 1 for r in encoded[i].responses)
+            if group and (
+                tokens + size > config.batch_tokens
+                if config.batch_tokens
+                else len(group) == config.batch_size
+            ):
+                done += len(group)
+                yield epoch + done / len(order), group
+                group, tokens = [], 0
+            group.append(i)
+            tokens += size
+        yield float(epoch + 1), group
+
+
+def fill_cache(
+    cache: ReferenceCache,
+    policy: Policy,
+    plan: Plan,
+    config: TrainConfig,
+    key: dict[str, str],
+    progress: Progress,
+    stop: StopSignal,
+) -> None:
+    """All reference passes before the first step, packed as the first epoch will be, so that
+    policy and reference round alike and every margin starts at exactly 0."""
+    once = dataclasses.replace(config, epochs=1)
+    groups = [plan.held_out, *(group for _, group in _step_groups(plan.encoded, plan.train, once))]
+    progress.phase("reference", len(groups))
+    for done, group in enumerate(groups, 1):
+        items = (plan.encoded[i] for i in group)
+        batches = pack(items, max_tokens=config.micro_tokens, layout=policy.layout)
+        for _ in cache.logprobs(policy, batches, key=key):
+            stop.check()
+        progress.update(done)
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None to start; a bad explicit path is an InputError."""
+    root = Path(config.out) / "checkpoints"
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        checkpoint.verify_checkpoint(path)
+        return path
+    found = checkpoint.latest_checkpoint(root) if root.is_dir() else None
+    if found is None and root.is_dir() and any(root.glob("step-*")):
+        raise InputError(f"every checkpoint in {root} is damaged; remove the folder to start again")
+    return found
+
+
+# -- the loop
+
+
+class _Loop:
+    def __init__(self, objective, policy, plan: Plan, config, run: RunDir, progress, stop):
+        self.objective, self.policy, self.plan, self.config = objective, policy, plan, config
+        self.run_dir, self.progress, self.stop = run, progress, stop
+        torch.manual_seed(config.seed)
+        policy.use_float32_masters()
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.names, parameters = zip(*policy.trainable(), strict=True)
+        lr = config.lr or (2e-4 if policy.adapter else 1e-5)
+        self.optimizer = make_optimizer(parameters, lr, weight_decay=config.weight_decay)
+        self.peak_lr, self.scaler = lr, make_scaler(policy.autocast or policy.dtype, policy.device)
+        self.cache = ReferenceCache(config.cache or default_cache())
+        self.key: dict[str, str] = {}
+        self.log = MetricsLog(run.dir / "metrics.jsonl")
+        self.step = self.saved = 0
+        self.elapsed = 0.0
+
+    def run(self, resume_from: Path | None) -> None:
+        plan, config = self.plan, self.config
+        self.key = self.policy.reference_key()
+        held_out = list(self._batches(plan.held_out))
+        fill_cache(self.cache, self.policy, plan, config, self.key, self.progress, self.stop)
+        self.run_dir.note_cache(self.cache)
+        if resume_from is None:
+            self._evaluate(held_out, "before")
+            self._sample("before")
+        else:
+            self._load(resume_from)
+        self._train(held_out)
+        if plan.steps % (config.eval_every or plan.steps) or not config.eval_every:
+            self._evaluate(held_out, "after")
+        self._sample("after")
+        self.run_dir.save_model(self.policy)
+
+    def _train(self, held_out: list[Batch]) -> None:
+        config, plan = self.config, self.plan
+        warmup = warmup_steps(config.warmup, plan.steps)
+        self.policy.train()
+        meter, clock, work = Meter(), time.perf_counter(), {"tokens": 0, "flops": 0.0}
+        groups = _step_groups(plan.encoded, plan.train, config)
+        self.progress.phase("train", plan.steps)
+        for step, (epoch, group) in enumerate(groups, 1):
+            if step > plan.steps:
+                break
+            if step <= self.step:
+                continue
+            self.stop.check()
+            factor = lr_factor(step - 1, plan.steps, warmup=warmup, schedule=config.schedule)
+            for param_group in self.optimizer.param_groups:
+                param_group["lr"] = self.peak_lr * factor
+            batches = list(self._with_reference(self._batches(group)))
+            stats = optimizer_step(
+                self.policy, self.objective, batches, self.optimizer,
+                max_norm=config.max_norm, scaler=self.scaler,
+            )  # fmt: skip
+            self.step = step
+            meter.add({"loss": stats.loss * stats.count, **stats.metrics}, stats.count)
+            meter.add({"grad_norm": stats.grad_norm, "skipped": 1.0 - stats.applied}, 1)
+            work["tokens"] += sum(len(b.input_ids) for b in batches)
+            work["flops"] += sum(useful_flops(self.policy, b, backward=True) for b in batches)
+            if step % config.log_every == 0 or step == plan.steps:
+                row = {"step": step, "epoch": epoch, **meter.flush()}
+                row["learning_rate"] = self.peak_lr * factor
+                row.update(self._speed(work, time.perf_counter() - clock))
+                self.log.write(row)
+                self.progress.update(step, row)
+                clock, work = time.perf_counter(), {"tokens": 0, "flops": 0.0}
+            self._due(step, epoch, held_out)
+
+    def _due(self, step: int, epoch: float, held_out: list[Batch]) -> None:
+        """Evaluate and save where this step is one for it."""
+        config, last = self.config, step == self.plan.steps
+        if config.eval_every:
+            due = step % config.eval_every == 0
+        else:
+            due = epoch == int(epoch) and not last
+        if due:
+            self._evaluate(held_out, "after" if last else "during")
+            self.progress.phase("train", self.plan.steps)
+        if config.save_every and step % config.save_every == 0 and not last:
+            self._save()
+
+    def _speed(self, work: dict[str, float], seconds: float) -> dict[str, float]:
+        device, dtype = self.policy.device, self.policy.autocast or self.policy.dtype
+        row = {"tokens_per_s": work["tokens"] / seconds}
+        row["flop_utilization"] = work["flops"] / seconds / gemm_rate(device, dtype)
+        self.elapsed += seconds
+        row["elapsed_s"] = self.elapsed
+        peak = peak_memory_bytes(device)
+        return row if peak is None else {**row, "peak_memory_bytes": peak}
+
+    # -- batches and the reference
+
+    def _batches(self, indices: list[int]) -> Iterator[Batch]:
+        items = (self.plan.encoded[i] for i in indices)
+        return pack(items, max_tokens=self.config.micro_tokens, layout=self.policy.layout)
+
+    def _with_reference(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            (ref,) = self.cache.logprobs(self.policy, [batch], key=self.key)
+            yield dataclasses.replace(batch, ref_logprobs=ref)
+
+    # -- evaluation, samples, checkpoints
+
+    def _evaluate(self, held_out: list[Batch], stage: str) -> Evaluation | None:
+        if not held_out:
+            return None
+        self.progress.phase("evaluate", len(held_out))
+        result = evaluate(
+            self.policy, self._with_reference(iter(held_out)), self.objective,
+            on_batch=lambda _: self.stop.check(),
+        )  # fmt: skip
+        self.progress.update(len(held_out))
+        low, high = result.summary["accuracy_low"], result.summary["accuracy_high"]
+        row = {f"eval_{k}": v for k, v in result.metrics.items()}
+        interval = {} if low is None else {"eval_accuracy_low": low, "eval_accuracy_high": high}
+        self.log.write({"step": self.step, **row, **interval})
+        self.run_dir.add_evaluation(stage, {**result.summary, **result.metrics})
+        return result
+
+    def _sample(self, stage: str) -> None:
+        if not self.plan.prompts:
+            return
+        self.stop.check()
+        self.progress.phase("sample", 1)
+        answers = self.policy.generate(
+            self.plan.prompts,
+            max_new_tokens=self.config.sample_tokens,
+            template=self.config.template,
+        )
+        self.progress.update(1)
+        self.run_dir.add_samples(self.step, stage, self.plan.prompts, answers)
+
+    def _save(self) -> None:
+        tensors, state = checkpoint.optimizer_tensors(self.optimizer, self.names)
+        groups = {
+            "weights": {name: p.detach() for name, p in self.policy.trainable()},
+            "optimizer": tensors,
+            "rng": checkpoint.rng_state(),
+        }
+        saved = {
+            "step": self.step,
+            "optimizer": state,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "reference": self.key,
+            "order": self._order(),
+        }
+        root = self.run_dir.dir / "checkpoints"
+        checkpoint.save_checkpoint(root, self.step, groups, saved, keep=self.config.keep)
+        self.saved = self.step
+
+    def _order(self) -> dict[str, Any]:
+        """What decides which pairs a step sees: must be equal for a resumed run."""
+        sizes = [len(self.plan.encoded), len(self.plan.train), self.plan.steps]
+        keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
+        return {"pairs": sizes, **{k: getattr(self.config, k) for k in keys}}
+
+    def _load(self, path: Path) -> None:
+        groups, state = checkpoint.load_checkpoint(path)
+        for name, value in self._order().items():
+            if state["order"].get(name) != value:
+                raise InputError(
+                    f"{path} was saved with {name} = {state['order'].get(name)} and this run has "
+                    f"{value}; resume with the same data and configuration, or start in a new --out"
+                )
+        if state["reference"] != self.key:
+            raise InputError(f"{path} was trained from other base weights or in another dtype")
+        with torch.no_grad():
+            for name, p in self.policy.trainable():
+                if name not in groups["weights"] or groups["weights"][name].shape != p.shape:
+                    raise InputError(f"{path} has no weight {name} of this shape; same --lora?")
+                p.copy_(groups["weights"][name])
+        checkpoint.load_optimizer(
+            self.optimizer, self.names, groups["optimizer"], state["optimizer"]
+        )
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        checkpoint.set_rng_state(groups["rng"])
+        self.step = self.saved = state["step"]
+        self.log.truncate_after(self.step)
+        rows = self.run_dir.dir.joinpath("metrics.jsonl").exists() and read_metrics(self.log.path)[0]
+        self.elapsed = max((row.get("elapsed_s") or 0.0 for row in rows or ()), default=0.0)
+        _log.info("resumed from %s", path)
+
+    def save_stopped(self) -> None:
+        if self.step > self.saved:
+            self._save()
