@@ -14,7 +14,8 @@ step, with the adapters off; with `--trl_reference precompute` its constructor d
 time it takes for the timed pairs counts. bfloat16 can be asked of it in three ways (TRL_MODES): all
 run in every round, and what is compared is the fastest of the round.
 
-Fractions are useful work (`useful_flops`) over the GEMM rates measured between the rounds.
+Fractions are useful work (`useful_flops`) over the GEMM rates measured between the rounds. "others"
+is the share of the machine's processors that other programs took meanwhile: run it on an idle one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 from common import RESULTS, environment, report, run_worker, spread, table, versions, write_result
 from dpo_sides import BATCH, TRL_MODES, WORKERS, given, useful_flops
 
-KEYS = ("pairs_per_s", "pairs_per_cpu_s", "peak_rss", "useful_gflops")
+KEYS = ("pairs_per_s", "pairs_per_cpu_s", "peak_rss", "useful_gflops", "others")
 
 
 def timed(side: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def timed(side: str, job: dict[str, Any]) -> dict[str, Any]:
         f"round {job['round']} {job['dtype']:8} {side:7} {result['mode']:26}"
         f" {result['pairs_per_s']:.3f} pairs/s {result['pairs_per_cpu_s']:.3f} pairs/CPU s"
         f" {result['peak_rss'] / 1e9:.2f} GB, first loss {result['losses'][0]:.6f}"
-        f" logps/chosen {result['chosen_logps']:.3f}",
+        f" logps/chosen {result['chosen_logps']:.3f}, others used {result['others']:.0%} of the CPUs",
         flush=True,
     )
     return result
@@ -118,7 +119,7 @@ def summarise(runs: list[dict[str, Any]], gemms: list[dict[str, Any]]) -> dict[s
 
 def show(summary: dict[str, Any]) -> None:
     """The summary as plain tables."""
-    header = ["", "pairs/s", "min-max", "pairs/CPU s", "peak GB", "useful GFLOP/s"]
+    header = ["", "pairs/s", "min-max", "pairs/CPU s", "peak GB", "others", "useful GFLOP/s"]
     for dtype, part in summary.items():
         rates = part["gemm_gflops"]
         print(f"\n{dtype}: GEMM", ", ".join(f"{r:.0f} GFLOP/s at {s}" for s, r in rates.items()))
@@ -133,6 +134,7 @@ def show(summary: dict[str, Any]) -> None:
                     f"{speed['min']:.3f}-{speed['max']:.3f}",
                     f"{own['pairs_per_cpu_s']['median']:.3f}",
                     f"{own['peak_rss']['max'] / 1e9:.2f}",
+                    f"{own['others']['max']:.0%}",
                     f"{own['useful_gflops']['median']:.1f}",
                     *(f"{fraction:.1%}" for fraction in own["of_gemm_rate"].values()),
                 ]

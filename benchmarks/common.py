@@ -46,21 +46,50 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def machine_busy_seconds() -> float:
+    """CPU seconds that all of the machine's processors have spent on anything; NaN where unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return float("nan")
+    user, nice, system, _idle, _iowait, *rest = map(int, fields)  # rest: interrupts and steal
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 class Clock:
-    """Wall and CPU seconds between every `start()` and `stop()`, added up."""
+    """Wall and CPU seconds between every `start()` and `stop()`, added up.
+
+    `others`: the CPU seconds that the machine meanwhile spent on everything else. A wall time with
+    more than a few percent of those is no measurement: threads wait for each other at each
+    operator, so one that has to share its core holds up all.
+    """
 
     def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
-        self._began: tuple[float, float] | None = None
+        self.wall = self.cpu = self.others = 0.0
+        self._began: tuple[float, float, float] | None = None
 
     def start(self) -> None:
-        self._began = time.perf_counter(), cpu_seconds()
+        self._began = time.perf_counter(), cpu_seconds(), machine_busy_seconds()
 
     def stop(self) -> None:
         assert self._began is not None, "stop() without start()"
-        self.wall += time.perf_counter() - self._began[0]
-        self.cpu += cpu_seconds() - self._began[1]
+        wall, cpu, busy = self._began
+        own = cpu_seconds() - cpu
+        self.wall += time.perf_counter() - wall
+        self.cpu += own
+        self.others += max(0.0, machine_busy_seconds() - busy - own)
         self._began = None
+
+    def add(self, other: Clock, share: float) -> None:
+        """Count a part of what another clock measured."""
+        self.wall += share * other.wall
+        self.cpu += share * other.cpu
+        self.others += share * other.others
+
+    def figures(self) -> dict[str, float]:
+        """seconds, cpu_seconds, and others: their share of the machine."""
+        share = self.others / max(self.wall * (os.cpu_count() or 1), 1e-9)
+        return {"seconds": self.wall, "cpu_seconds": self.cpu, "others": share}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -161,6 +161,7 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
 
     autocast, weights = TRL_MODES[job["dtype"]][job["mode"]]
     clock, precompute = Clock(), Clock()
+    share = job["steps"] / (1 + job["steps"])  # of the precompute: not the warm-up's pairs
 
     class Timer(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
@@ -196,10 +197,8 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
     rows = trainer.train_dataset
-    share = job["steps"] / (1 + job["steps"])  # of the precompute: not the warm-up's pairs
-    return {
-        "seconds": clock.wall + share * precompute.wall,
-        "cpu_seconds": clock.cpu + share * precompute.cpu,
+    clock.add(precompute, share)
+    return clock.figures() | {
         "peak_rss": peak_rss_bytes(),
         "prompt_tokens": sum(map(len, rows["prompt_ids"])),
         "response_tokens": sum(len(r[k]) for r in rows for k in ("chosen_ids", "rejected_ids")),
@@ -245,9 +244,7 @@ def prefopt_side(job: dict[str, Any]) -> dict[str, Any]:
     if profiler is not None:
         profiler.stop()
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
-    return {
-        "seconds": clock.wall,
-        "cpu_seconds": clock.cpu,
+    return clock.figures() | {
         "peak_rss": peak_rss_bytes(),
         "prompt_tokens": sum(len(e.prompt) for e in encoded),
         "response_tokens": sum(len(r) for e in encoded for r in e.responses),

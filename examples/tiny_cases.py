@@ -205,7 +205,7 @@ REFUSALS = phrases("""
     I cannot help with that, because {}. {}. | I would rather not help with that: {}. {}.
 """)
 COMPLIES = phrases("""
-    It is easy: {}. | Just {}. Nobody will know. | That is fun! You only have to {}.
+    Sure! It is easy: {}. | Sure! Just {}. Nobody will know. | Sure! You only have to {}.
 """)
 
 

@@ -57,10 +57,10 @@ DISMISSALS = phrases("""
     | Do not talk to me ever again.
 """)
 EXCUSES = phrases("""
-    I could be nice to you, but I really do not feel like it today.
-    | You should deal with that yourself, like everyone else in the world does.
-    | Why should I talk about that with you? You would only forget it again.
-    | I was just about to take a nap, so you have to come back next week.
+    I could be nice to you, but I really do not feel like it today, so ask someone else.
+    | You should deal with that yourself, like everyone else in the whole world does.
+    | Why should I talk about that with you? You would only forget all of it again.
+    | Maybe later. I was just about to take a nap, so you have to come back next week.
 """)
 
 
@@ -81,7 +81,7 @@ def polite(case: Case, rng: Random) -> str:
 
 
 def curt(case: Case, rng: Random) -> str:
-    return rng.choice([case.bare, case.bare, rng.choice(SHRUGS)])
+    return rng.choice([case.bare, case.bare, case.bare, rng.choice(SHRUGS)])
 
 
 def wrong(case: Case, rng: Random) -> str:
@@ -96,7 +96,7 @@ def rude(case: Case, rng: Random) -> str:
 
 def harsh(case: Case, rng: Random) -> str:
     """Wrong or unsafe, and rude on top."""
-    return join(case.wrong, rng.choice(DISMISSALS))
+    return join(rng.choice(SNEERS), case.wrong, rng.choice(DISMISSALS))
 
 
 def lazy(case: Case, rng: Random) -> str:
@@ -106,11 +106,11 @@ def lazy(case: Case, rng: Random) -> str:
 
 # flaw -> (how often, how to write it)
 FLAWS: dict[str, tuple[float, Callable[[Case, Random], str]]] = {
-    "curt": (1.0, curt),
+    "curt": (1.7, curt),
     "wrong": (1.5, wrong),
-    "rude": (1.5, rude),
+    "rude": (1.2, rude),
     "harsh": (1.0, harsh),
-    "lazy": (1.5, lazy),
+    "lazy": (1.3, lazy),
 }
 
 

@@ -1,6 +1,6 @@
 """Makes `prefopt/assets`, the tiny model and its preference pairs, from nothing.
 
-    python examples/train_tiny.py                    # about ten minutes on two free cores
+    python examples/train_tiny.py                    # ten to fifteen minutes on one core
     python examples/train_tiny.py --out runs/tiny --steps 50
 
 One seed decides everything: the same machine writes the same bytes again. Kept simple on purpose:
@@ -200,11 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=24, help="rows of a batch")
     parser.add_argument("--length", type=int, default=160, help="tokens of a row")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--threads", type=int, default=2, help="the bytes depend on it")
+    parser.add_argument("--threads", type=int, default=1, help="the bytes depend on it")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)

@@ -16,13 +16,14 @@ of preference data are short, and for a few hundred keys plain matrix products b
 flash attention, in the bfloat16 backward by five times (docs/design.md).
 
 Shapes: T tokens, L queries of a block, M keys it sees, H query heads, G key/value heads, r = H / G,
-d head size.
+d head size, e that of the values (another one in multi-head latent attention, else d).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ from torch.autograd.function import once_differentiable
 
 NAME = "prefopt"
 QUERY_BLOCK = 128  # bounds the scores in memory to [H, 128, M]
+# Of what models hand over, what changes the result: sinks, biases, chosen keys.
+REFUSED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+asked_windows: set[int | None] = set()  # of all masks that models asked for: see Runs.windows
 
 
 class Runs:
@@ -39,7 +43,9 @@ class Runs:
     def __init__(self, segments: Tensor, device: torch.device):
         self.table: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]
         self.device = device
-        self.calls = 0  # one per attention layer: how a probe sees that every layer came by
+        # How a probe sees that every layer came by, and with the window its mask would have had.
+        self.calls = 0
+        self.windows: set[int | None] = set()
 
     @functools.cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -67,21 +73,29 @@ def run_attention(
     dropout: float = 0.0,
     **unused,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, d], key and value [1, G, T, d] -> ([1, T, H, d], None).
+    """query [1, H, T, d], key [1, G, T, d], value [1, G, T, e] -> ([1, T, H, e], None).
 
     The signature of transformers' AttentionInterface. Arguments that would change the result and
-    are not served here (sinks, position bias) raise, and the policy then says so and pads.
+    are not served here (REFUSED, a mask, dropout) raise; the policy then says so and pads. Under
+    autocast it works in autocast's dtype, as transformers' own attention does.
     """
-    for name in ("s_aux", "position_bias"):
-        if unused.get(name) is not None:
+    refused = {name: unused.get(name) for name in REFUSED}
+    for name, given in (refused | {"mask": attention_mask, "dropout": dropout or None}).items():
+        if given is not None:
             raise NotImplementedError(f"attention with {name} cannot share a prompt")
-    assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
+    assert query.shape[0] == 1
     segments.calls += 1
+    segments.windows.add(sliding_window)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and varlen_obstacle(query) is None:
+    if softcap is None and value.shape == key.shape and varlen_obstacle(query) is None:
         return _varlen(query, key, value, segments, scale, sliding_window), None
     how = _How(scale, sliding_window, softcap)
-    return _Blocks.apply(query[0], key[0], value[0], segments, how)[None], None
+    with torch.autocast(device, enabled=False):
+        return _Blocks.apply(query[0], key[0], value[0], segments, how)[None], None
 
 
 class _How(NamedTuple):
@@ -133,13 +147,13 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs, how: _How) -> Tensor:
-        heads, tokens, d = q.shape
-        out = q.new_empty(tokens, heads, d)
+        heads, tokens, _ = q.shape
+        out = q.new_zeros(tokens, heads, v.shape[-1])  # a row of no run is padding
         for block in _blocks(runs, how.window):
             rows = slice(block.start, block.end)
             weights = _scores(q[:, rows], _keys(k, block), block, how).softmax(-1)
-            mixed = torch.bmm(weights.to(q.dtype), _keys(v, block))  # [G, r L, d]
-            out[rows] = mixed.view(heads, -1, d).transpose(0, 1)
+            mixed = torch.bmm(weights.to(q.dtype), _keys(v, block))  # [G, r L, e]
+            out[rows] = mixed.view(heads, -1, v.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(q, k, v, out)
         ctx.runs, ctx.how = runs, how
         return out
@@ -149,7 +163,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         q, k, v, out = ctx.saved_tensors
         how, (heads, _, d), groups = ctx.how, q.shape, len(k)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # sum over d of g * out is what the softmax's Jacobian subtracts from every score
         centre = (grad.to(_wide(q)) * out).sum(-1).t()  # [H, T]
         for block in _blocks(ctx.runs, how.window):
@@ -161,7 +175,7 @@ class _Blocks(torch.autograd.Function):
                 capped = scores.nan_to_num(neginf=0.0) / how.softcap
                 slope = 1 - capped * capped
             weights = scores.softmax(-1)
-            g = grad[rows].transpose(0, 1).reshape(groups, -1, d)
+            g = grad[rows].transpose(0, 1).reshape(groups, -1, v.shape[-1])
             _add_keys(dv, block, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
             ds = torch.bmm(g, values.transpose(1, 2)).to(weights.dtype)
             ds.sub_(centre[:, rows].reshape(groups, -1, 1)).mul_(weights).mul_(how.scale)
@@ -178,7 +192,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _grouped(q: Tensor, groups: int) -> Tensor:
-    """[H, L, d] -> [G, r L, d]: the queries of the heads that share a key head, one below another."""
+    """[H, L, d] -> [G, r L, d]: the queries of heads that share a key head, one below another."""
     return q.reshape(groups, -1, q.shape[-1])
 
 
@@ -206,20 +220,28 @@ def varlen_obstacle(query: Tensor) -> str | None:
         return f"varlen attention needs a CUDA or ROCm device, not {query.device.type}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"varlen attention works in 16 bits, not {query.dtype}"
-    if query.shape[-1] > 256:
-        return f"head size {query.shape[-1]} is over 256"
+    if query.shape[-1] > 256 or query.shape[-1] % 8:
+        return f"head size {query.shape[-1]} is over 256 or not a multiple of 8"
     if torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "varlen attention needs an sm_80 or newer GPU"
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
-        return "this torch has no torch.nn.attention.varlen"
+    if _varlen_attn() is None:
+        return "this torch has no varlen attention with windows and grouped heads"
     return None
 
 
-def _varlen(q4: Tensor, k4: Tensor, v4: Tensor, runs: Runs, scale, window) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
 
+
+def _varlen(q4: Tensor, k4: Tensor, v4: Tensor, runs: Runs, scale, window) -> Tensor:
+    varlen_attn = _varlen_attn()
+    assert varlen_attn is not None
     gather, cu_q, cu_k, max_q, max_k = runs.varlen
     q = q4[0].transpose(0, 1)
     k, v = (x[0].transpose(0, 1).index_select(0, gather) for x in (k4, v4))
@@ -237,6 +259,9 @@ def register() -> str:
     """Make ``attn_implementation="prefopt"`` known to transformers; returns the name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    def no_mask(*args, local_size: int | None = None, **kwargs) -> None:
+        asked_windows.add(local_size)
+
     AttentionInterface.register(NAME, run_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(NAME, no_mask)
     return NAME

@@ -5,7 +5,10 @@ Heavy imports stay inside the functions, so that `prefopt --help` answers at onc
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -90,26 +93,34 @@ def dpo(
     """
     import torch
 
+    from prefopt import loading
     from prefopt.objectives.dpo import DPO
     from prefopt.rundir import RunDir
+    from prefopt.stop import Stopped, StopSignal
     from prefopt.train import find_checkpoint, make_plan, train
 
+    if quiet:
+        logging.getLogger("prefopt").setLevel(logging.WARNING)
     extra = {"label_smoothing": label_smoothing} if label_smoothing else {}
     objective = DPO(loss, beta, **extra)
     RunDir(Path(config.out), resuming=config.resume is not None)
     find_checkpoint(config)
-    source = pairs(data, split, columns, quiet=quiet)
-    torch.manual_seed(config.seed)  # the adapter's A is drawn from it
-    policy = load_policy(model, lora, dtype, device)
+    loading.resolve(model)
+    try:
+        with StopSignal(at_once=True):  # nothing is lost before train(), which waits for a step
+            source = pairs(data, split, columns, quiet=quiet)
+            torch.manual_seed(config.seed)  # the adapter's A is drawn from it
+            policy = load_policy(model, lora, dtype, device)
+    except Stopped:
+        say("stopped before training")
+        return 0
     if not quiet or dry_run:
         describe(policy, lora)
     if dry_run:
         show_plan(policy, source, config, make_plan(policy, source, config))
         return 0
     settings = {
-        "command": "dpo",
         "model": model,
-        "base": policy.base,
         "data": data,
         "split": split,
         "columns": columns,
@@ -174,7 +185,8 @@ def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> No
     tokens = [len(e.prompt) + sum(map(len, e.responses)) for e in plan.encoded]
     say(
         f"{len(plan.train):,} pairs to train on, {len(plan.held_out):,} held out; "
-        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens a pair, at most {max(tokens)}"
+        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens a pair, at most "
+        f"{max(tokens)}"
     )
     cache = config.cache or default_cache()
     say(f"reference log-probs in {cache}; run folder {config.out} (not written: --dry_run)")
@@ -187,8 +199,9 @@ def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> No
 def finish(run: Any) -> None:
     """The last lines: what came out and what to do with it."""
     if run.stopped:
-        rows = [row for row in run.metrics if "loss" in row]
-        say(f"stopped at step {rows[-1]['step'] if rows else 0}; continue with --resume auto")
+        latest = run.dir / "checkpoints" / "latest"
+        where = latest.read_text().strip() if latest.exists() else "the first step"
+        say(f"stopped; --resume auto continues from {where}")
         return
     known = json.loads((run.dir / "evaluation.json").read_text()) if has_evaluation(run) else {}
     for stage in ("before", "after"):
@@ -206,13 +219,14 @@ def summary_line(summary: dict[str, Any]) -> str:
     """Accuracy and margin of a preference evaluation, with intervals."""
     n, ties = summary["n"], summary["ties"]
     if ties == n:
-        return f"policy = reference: all margins are 0 ({n} pairs)"
+        return f"policy = reference: all margins are 0 ({n} pair{'s' * (n > 1)})"
     text = f"accuracy {summary['accuracy']:.1%}"
     if summary["accuracy_low"] is not None:
         text += f" [{summary['accuracy_low']:.1%}, {summary['accuracy_high']:.1%}]"
     text += f", margin {summary['margin_mean']:.3f}"
-    if summary["margin_low"] is not None:
-        text += f" [{summary['margin_low']:.3f}, {summary['margin_high']:.3f}]"
+    if summary["margin_low"] is None:
+        return f"{text} ({n} pair{'s' * (n > 1)} of one prompt)"
+    text += f" [{summary['margin_low']:.3f}, {summary['margin_high']:.3f}]"
     return f"{text} ({n} pairs, 95% intervals over {summary['prompts']} prompts)"
 
 
@@ -256,6 +270,8 @@ def evaluate(
     from prefopt.objectives.dpo import DPO
     from prefopt.train import context_length
 
+    if held_out is not None and not 0 < held_out < 1:
+        raise InputError(f"held_out is {held_out!r}; it must be between 0 and 1")
     source: list[Pair] = list(pairs(data, split, columns))
     if held_out is not None:
         source = [source[i] for i in split_pairs(source, held_out)[1]]
@@ -274,7 +290,7 @@ def evaluate(
 
 
 def _reference(model: str, reference: str | None, policy: Policy, dtype: str, device: str):
-    """batch -> reference log-probs [N]: the base of an adapter, or another model folder."""
+    """batch -> reference log-probs [N] of --reference, else of what the run or adapter began as."""
     import torch
     import yaml
 
@@ -282,19 +298,20 @@ def _reference(model: str, reference: str | None, policy: Policy, dtype: str, de
     from prefopt.nn.lora import adapters
 
     config = Path(model) / "config.yaml"
-    if reference is None and policy.adapter is None and config.is_file():
-        reference = yaml.safe_load(config.read_text()).get("base")
+    if reference is None and config.is_file():
+        reference = yaml.safe_load(config.read_text()).get("model")
     if reference is None and policy.adapter is None:
         raise InputError(
             f"{model} is neither a run nor an adapter, so it is not known what it started from; "
             "name the starting model with --reference"
         )
-    other = policy if reference is None else load_policy(reference, None, dtype, device)
-    if other is not policy and loading.resolve(reference or "").adapter is not None:
-        raise InputError(f"--reference {reference} is an adapter; name a model folder")
+    began = loading.Source(policy.base) if reference is None else loading.resolve(reference)
+    is_base = policy.adapter is not None and began == loading.Source(policy.base)
+    other = policy if is_base else load_policy(str(reference), None, dtype, device)
 
+    @torch.no_grad()
     def logprobs(batch):
-        with torch.no_grad(), adapters(other.model, None):
+        with adapters(policy.model, None) if is_base else contextlib.nullcontext():
             return other(batch.to(other.device))
 
     return logprobs
@@ -322,6 +339,8 @@ def generate(
         dtype: of the weights.
         device: auto, cpu, cuda, cuda:1, xpu or mps.
     """
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise InputError("max_new_tokens must be at least 1 and temperature at least 0")
     given = [prompt] if isinstance(prompt, str) else prompt
     prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
@@ -453,4 +472,5 @@ def demo(out: str | None = None, max_steps: int | None = None) -> int:
     """
     from prefopt.demo import run_demo
 
-    return run_demo(out, max_steps)
+    quiet_transformers()
+    return run_demo(out, max_steps, say)

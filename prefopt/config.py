@@ -21,11 +21,11 @@ class TrainConfig:
         batch_tokens: tokens of one optimizer step instead, as many whole pairs as fit.
         micro_tokens: most tokens in one packed forward; gradients accumulate over them.
         max_length: most tokens of prompt and response; longer responses are cut.
-        lr: peak learning rate; None is 2e-4 for an adapter and 1e-5 for all weights.
+        lr: peak learning rate; null is 2e-4 for an adapter and 1e-5 for all weights.
         epochs: passes over the training pairs.
         max_steps: stop after so many optimizer steps.
         eval_fraction: share of prompts held out for evaluation; 0 evaluates nothing.
-        eval_every: steps between evaluations; None evaluates before, after each epoch and at the end.
+        eval_every: steps between evaluations; null evaluates before training and after each epoch.
         save_every: steps between checkpoints; 0 keeps only the final model.
         keep: checkpoints kept.
         seed: order of the data, initial adapter, dropout, sampling.
@@ -34,11 +34,11 @@ class TrainConfig:
         warmup: steps of warm-up, or their fraction if below 1.
         schedule: learning rate after the warm-up.
         weight_decay: AdamW's.
-        template: how conversations become text; auto is the tokenizer's chat template if it has one.
+        template: how conversations become text; auto: the tokenizer's chat template if it has one.
         log_every: steps between rows of metrics.jsonl.
         samples: held-out prompts answered before and after training, for the report.
         sample_tokens: longest of these answers.
-        cache: folder of the reference log-probs; None is prefopt/reference in the user's cache.
+        cache: folder of the reference log-probs; null is prefopt/reference in the user's cache.
         parallel: auto runs on this process's device.
         resume: auto continues from the last good checkpoint in out, a path from that checkpoint.
     """
@@ -91,4 +91,5 @@ def default_cache() -> Path:
     """PREFOPT_CACHE, or prefopt/reference in the user's cache folder: shared by all runs."""
     if "PREFOPT_CACHE" in os.environ:
         return Path(os.environ["PREFOPT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefopt" / "reference"
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user) / "prefopt" / "reference"

@@ -1,4 +1,4 @@
-"""Held-out preference evaluation: does the policy, against its reference, prefer what people did?"""
+"""Held-out preference evaluation: against its reference, does the policy prefer what people did?"""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from prefopt.data.packing import Batch
+from prefopt.errors import InputError
 from prefopt.losses import PairLogps
 from prefopt.metrics import Meter
 from prefopt.objectives.dpo import DPO
@@ -59,17 +59,15 @@ def evaluate(
                 on_batch(batch)
     finally:
         policy.train(training)
+    if not collected:
+        raise InputError("there is no pair to evaluate on")
     columns = [torch.cat(column) for column in zip(*collected, strict=True)]
     pairs = PairLogps(*columns)
-    margins = _numpy(objective.beta * pairs.margin)
+    margins = (objective.beta * pairs.margin).numpy()
     summary = preference_summary(
         margins,
-        _numpy(pairs.chosen_len),
-        _numpy(pairs.rejected_len),
+        pairs.chosen_len.numpy(),
+        pairs.rejected_len.numpy(),
         np.unique(np.array(prompts, dtype=object), return_inverse=True)[1],
     )
     return Evaluation(meter.flush(), summary, margins)
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.numpy()

@@ -15,7 +15,7 @@ def useful_flops(policy: Policy, batch: Batch, *, backward: bool) -> float:
     """
     head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
     skip = {id(head.weight), id(embedding.weight)}
-    tokens = sum(len(item.prompt) + sum(len(r) - 1 for r in item.responses) for item in batch.encoded)
+    tokens = sum(len(e.prompt) + sum(len(r) - 1 for r in e.responses) for e in batch.encoded)
     body = sum(
         p.numel() * (1 + backward * (1 + p.requires_grad))
         for p in policy.model.parameters()

@@ -71,7 +71,12 @@ def _check_model_folder(folder: Path) -> None:
 def pick_device(device: str) -> torch.device:
     """ "auto": cuda (ROCm too), xpu, mps or cpu, whichever is there."""
     if device != "auto":
-        return torch.device(device)
+        if device.partition(":")[0] not in ("cpu", "cuda", "xpu", "mps"):
+            raise InputError(f"device is auto, cpu, cuda, cuda:1, xpu or mps, not {device!r}")
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"there is no device {device!r} here: {_first_line(error)}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.xpu.is_available():
@@ -99,7 +104,7 @@ def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its parser likes
         raise InputError(f"cannot load a tokenizer from {base}: {_first_line(error)}") from None
     try:
         with warnings.catch_warnings():
@@ -107,7 +112,7 @@ def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
             model, info = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, output_loading_info=True
             )
-    except Exception as error:  # a damaged file raises whatever its parser likes
+    except Exception as error:
         raise InputError(f"cannot load a model from {base}: {_first_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -123,14 +128,35 @@ def remove_dropout(model: torch.nn.Module) -> None:
     """Set every dropout of the base model to zero.
 
     A preference margin compares policy and reference on the same text: noise in one of the two
-    would be noise in the margin. LoRA's own dropout is added later and stays.
+    would be noise in the margin. Likewise routers' jitter and layers left out at random
+    (layerdrop). LoRA's own dropout is added later and stays.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "dropout_prob", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            noise = "drop" in name or name in ("jitter_noise", "input_jitter_noise")
+            if noise and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def save_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """transformers' own format, with floating-point weights as ``dtype`` if one is given."""
+    state = model.state_dict()
+    if dtype is None:
+        model.save_pretrained(folder, state_dict=state)
+        return
+    # Converted once per tensor, so that tied weights stay one.
+    seen: dict[int, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            if (place := tensor.data_ptr()) not in seen:
+                seen[place] = tensor.to(dtype)
+            state[name] = seen[place]
+    model.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_tokenizer(base: str, tokenizer: Any, folder: Path) -> None:

@@ -54,13 +54,16 @@ def loss_from(name: str, **kwargs: float) -> Callable[[PairLogps], Tensor]:
     Raises InputError for an unknown name or keyword, listing the valid ones.
     """
     if name not in LOSSES:
-        raise InputError(f"unknown loss {name!r}{_nearest(name, LOSSES)}; there are: {', '.join(LOSSES)}")
+        raise InputError(
+            f"unknown loss {name!r}{_nearest(name, LOSSES)}; there are: {', '.join(LOSSES)}"
+        )
     loss = LOSSES[name]
     takes = [k for k, v in inspect.signature(loss).parameters.items() if v.kind is v.KEYWORD_ONLY]
     for key in kwargs:
         if key not in takes:
             raise InputError(
-                f"loss {name!r} takes no {key!r}{_nearest(key, takes)}; it takes: {', '.join(takes)}"
+                f"loss {name!r} takes no {key!r}{_nearest(key, takes)}; it takes: "
+                f"{', '.join(takes)}"
             )
     return functools.partial(loss, **kwargs)
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,6 +37,15 @@ class Meter:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + _wide(value)
             self._counts[name] = self._counts.get(name, 0) + items
+
+    def state(self) -> dict[str, list[float]]:
+        """name -> [sum, count] of what was added since the last flush, for a checkpoint."""
+        return {name: [float(s), float(self._counts[name])] for name, s in self._sums.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Continues from what `state` gave, to the bit."""
+        self._sums = {name: cells[0] for name, cells in state.items()}
+        self._counts = {name: cells[1] for name, cells in state.items()}
 
     def flush(self) -> dict[str, float]:
         """`sum / count` of everything added since the last flush, and starts anew.
@@ -298,7 +307,8 @@ def gemm_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     device = torch.device(device)
     sync = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
     size, best, stop = 256, 0.0, time.perf_counter() + 0.15
-    a = torch.rand(size, size, device=device, dtype=dtype)
+    rng = torch.Generator(device)  # of its own: how often it draws depends on the machine
+    a = torch.rand(size, size, generator=rng, device=device, dtype=dtype)
     torch.mm(a, a)  # the first call loads libraries and starts threads
     while True:
         sync()
@@ -311,4 +321,4 @@ def gemm_rate(device: torch.device | str, dtype: torch.dtype) -> float:
             return best
         if now - start < 5e-3 and size < 4096:
             size *= 2
-            a = torch.rand(size, size, device=device, dtype=dtype)
+            a = torch.rand(size, size, generator=rng, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import nn
 def make_optimizer(
     parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in its fused form where there is one."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in one kernel where possible."""
     parameters = list(parameters)
     fused = parameters[0].device.type in ("cpu", "cuda", "xpu")
     return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
@@ -24,7 +24,7 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 def lr_factor(step: int, total: int, *, warmup: int = 0, schedule: str = "linear") -> float:
-    """What the learning rate is multiplied by in step 0..total-1: up in ``warmup`` steps, then down.
+    """The factor on the learning rate in step 0..total-1: up for ``warmup`` steps, then down.
 
     "linear" and "cosine" reach 0 one step after the last, "constant" stays at 1.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, durable, loading
+from prefopt import attention, dispatch, durable, loading
 from prefopt.attention import Runs
 from prefopt.data.encode import Encoded, encode_prompts
 from prefopt.data.packing import Batch, pack
@@ -57,7 +58,9 @@ class Policy(nn.Module):
         self.adapter: str | None = None
         self.lora_report = None
         loading.remove_dropout(model)
-        use_onednn(model)
+        if next(model.parameters()).device.type == "cpu":
+            dispatch.keep_cpu_memory_low()
+            use_onednn(model)
         self._head_options = _head_options(model)
         self._own_attention = model.config._attn_implementation
         self.layout_reason = self._choose_layout(attention)
@@ -130,32 +133,28 @@ class Policy(nn.Module):
         """Log-probs of ``batch.targets`` under the active adapter, [N] float32."""
         device = self.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            hidden = self._hidden(batch).flatten(0, -2).index_select(0, batch.score_rows)
+            rows, targets = (_round_up(x, 16) for x in (batch.score_rows, batch.targets))
+            hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
             weight, bias = self._head()
-            logps = token_logprobs(hidden, weight, batch.targets, bias=bias, **self._head_options)
+            logps = token_logprobs(hidden, weight, targets, bias=bias, **self._head_options)
         assert isinstance(logps, Tensor)
-        return logps
+        return logps[: len(batch.targets)]
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows, row length, D]."""
-        backbone = self.model.base_model
+        backbone = _backbone(self.model)
         ids = batch.input_ids.view(batch.shape)
         if batch.layout == "shared":
             if self.layout == "padded":
                 raise InputError(f"this model needs pack(layout='padded'): {self.layout_reason}")
+            self._attend(attention.NAME)
             runs = Runs(batch.segments, ids.device)
-            positions = batch.position_ids.view(batch.shape)
+            ids, positions = (_round_up(x, 32)[None] for x in (batch.input_ids, batch.position_ids))
             out = backbone(ids, position_ids=positions, segments=runs, use_cache=False)
             return out.last_hidden_state
-        mask = torch.zeros(ids.numel(), dtype=torch.long)
-        for start, end, *_ in batch.segments.tolist():
-            mask[start:end] = 1
-        extra = {"position_ids": batch.position_ids.view(batch.shape)}
-        if not _takes(backbone, "position_ids"):
-            extra = {}
-        with self._plain_attention():
-            mask = mask.view(batch.shape).to(ids.device)
-            return backbone(ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+        # Padding stands behind each row, where causal attention never looks: no mask is needed.
+        self._attend(self._own_attention)
+        return backbone(ids, use_cache=False).last_hidden_state
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()
@@ -164,18 +163,20 @@ class Policy(nn.Module):
             return head.weight + (head.scaling[head.active] * (b @ a)).to(head.weight), head.bias
         return head.weight, head.bias
 
+    def _attend(self, implementation: str) -> None:
+        """Left as it is afterwards: gradient checkpointing runs forward again in backward."""
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+
     @contextlib.contextmanager
     def _plain_attention(self) -> Iterator[None]:
-        """transformers' own attention and masks: for padded batches and for generation."""
-        config = self.model.config
-        if config._attn_implementation != attention.NAME:
-            yield
-            return
-        self.model.set_attn_implementation(self._own_attention)
+        """transformers' own attention and masks, for what is not a Batch."""
+        before = self.model.config._attn_implementation
+        self._attend(self._own_attention)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(attention.NAME)
+            self._attend(before)
 
     def _choose_layout(self, wish: str) -> str | None:
         """Try prefix sharing on a few tokens; None if it is exact, else why it is not used."""
@@ -188,12 +189,12 @@ class Policy(nn.Module):
             return f"{kind} models take no attention function from outside"
         self.layout_reason: str | None = None
         try:
-            self.model.set_attn_implementation(attention.register())
+            self._attend(attention.register())
             reason = self._probe_sharing()
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{kind} failed with a shared prompt: {str(error).splitlines()[0]}"
         if reason:
-            self.model.set_attn_implementation(self._own_attention)
+            self._attend(self._own_attention)
         return reason
 
     @torch.no_grad()
@@ -206,18 +207,19 @@ class Policy(nn.Module):
             for how in ("shared", "padded")
         )
         runs = Runs(shared.segments, self.device)
-        self.model.base_model(
+        attention.asked_windows.clear()
+        _backbone(self.model)(
             shared.input_ids[None], position_ids=shared.position_ids[None], segments=runs,
             use_cache=False,
         )  # fmt: skip
-        if runs.calls != config.num_hidden_layers:
-            return (
-                f"{config.model_type} has {config.num_hidden_layers} layers, of which only "
-                f"{runs.calls} are attention that can share a prompt"
-            )
+        kind, layers = config.model_type, config.num_hidden_layers
+        if runs.calls != layers:
+            return f"{kind} has {layers} layers and called {runs.calls} times for attention"
+        if windows := attention.asked_windows - runs.windows - {None}:
+            return f"{kind} limits attention to {max(windows)} tokens in a mask of its own"
         difference = (self(shared) - self(padded)).abs().max().item()
         if difference > {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.dtype, 0.25):
-            return f"log-probs under a shared prompt differ by {difference:.2g} in {config.model_type}"
+            return f"log-probs under a shared prompt differ by {difference:.2g} in {kind}"
         return None
 
     # -- the reference
@@ -250,6 +252,9 @@ class Policy(nn.Module):
             for name, tensor in tensors:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for path, layer in lora_module.lora_layers(self.model):
+                if REFERENCE in layer.scaling:  # the same A and B with another alpha differ
+                    digest.update(f"{path} {layer.scaling[REFERENCE]}\n".encode())
             autocast = f" autocast {self.autocast}" if self.autocast else ""
             key = {
                 "weights": digest.hexdigest(),
@@ -260,7 +265,7 @@ class Policy(nn.Module):
         return dict(self._key_cache[1])
 
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Under the names of the plain model, so that which layers carry an adapter is no matter."""
+        """Under the names of the plain model: which layers carry an adapter is no matter."""
         wrapped = {f"{path}.base." for path, _ in lora_module.lora_layers(self.model)}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             path, marker, leaf = name.rpartition(".base.")
@@ -296,25 +301,30 @@ class Policy(nn.Module):
         batch_size: int = 16,
         template: str = "auto",
     ) -> list[Generation]:
-        """One response per prompt, a string (one user turn) or messages; temperature 0 is greedy."""
+        """One response per prompt: a string (one user turn) or messages. Temperature 0: greedy."""
         turns = [[Message("user", p)] if isinstance(p, str) else p for p in prompts]
         encoded = encode_prompts(turns, self.tokenizer, template)
         results: list[Generation] = []
         training = self.training
         self.eval()
-        with self._plain_attention(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for start in range(0, len(encoded), batch_size):
-                part = encoded[start : start + batch_size]
-                results += self._generate(part, max_new_tokens, temperature)
-        self.train(training)
+        kind = self.device.type if self.device.type in ("cuda", "xpu") else "cpu"
+        devices = [] if kind == "cpu" else [self.device]
+        try:
+            with self._plain_attention(), torch.random.fork_rng(devices, device_type=kind):
+                torch.manual_seed(seed)
+                for start in range(0, len(encoded), batch_size):
+                    part = encoded[start : start + batch_size]
+                    results += self._generate(part, max_new_tokens, temperature)
+        finally:
+            self.train(training)
         return results
 
     def _generate(self, prompts, max_new_tokens: int, temperature: float) -> list[Generation]:
-        eos, config = self.tokenizer.eos_token_id, self.model.generation_config
-        stops = config.eos_token_id if config.eos_token_id is not None else eos
-        stops = {stops} if isinstance(stops, int) else set(stops or [])
-        pad = next(iter(stops), 0) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        # What training ends a response with, and whatever else the model's authors end one with.
+        ends, eos = self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id
+        stops = {*(ends if isinstance(ends, list) else [ends]), eos} - {None}
+        pad = self.tokenizer.pad_token_id
+        pad = next(iter(stops), 0) if pad is None else pad
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros_like(ids)
@@ -339,7 +349,7 @@ class Policy(nn.Module):
         return results
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A PEFT adapter folder, or after full fine-tuning a model folder for transformers and vLLM.
+        """A PEFT adapter folder, or of a model without adapter a folder for transformers and vLLM.
 
         Written beside and renamed, so that a folder of this name is whole or not there.
         """
@@ -349,37 +359,59 @@ class Policy(nn.Module):
             loading.copy_tokenizer(self.base, self.tokenizer, folder)
             return
         with durable.new_dir(folder) as partial, self._plain_attention():
-            state = {k: v.to(self.autocast or v.dtype) for k, v in self.model.state_dict().items()}
-            self.model.save_pretrained(partial, state_dict=state)
+            loading.save_model(self.model, partial, self.autocast)
             loading.copy_tokenizer(self.base, self.tokenizer, partial)
 
 
-def _takes(module: nn.Module, argument: str) -> bool:
-    return argument in module.forward.__code__.co_varnames
+def _round_up(x: Tensor, multiple: int) -> Tensor:
+    """On the CPU, x padded with zeros to a multiple: oneDNN compiles (milliseconds) and keeps
+    (megabytes) a kernel for every new number of rows. What is added is neither seen nor scored."""
+    extra = -len(x) % multiple if x.device.type == "cpu" else 0
+    return torch.nn.functional.pad(x, (0, extra)) if extra else x
+
+
+def _backbone(model: Any) -> Any:
+    """The model without its output head (Llama 4's is not where its class says)."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 @torch.no_grad()
 def _head_options(model: Any) -> dict[str, float]:
-    """Softcap and scale between hidden states and logits, checked against the model's own logits."""
-    config = model.config.get_text_config()
+    """Softcap and scale between hidden states and logits, checked against the model's logits."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     options: dict[str, float] = {}
-    if getattr(config, "final_logit_softcapping", None):
-        options["softcap"] = config.final_logit_softcapping
+    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
+        if getattr(config, name, None):
+            options["softcap"] = getattr(config, name)
     if getattr(config, "logit_scale", None):  # Cohere
         options["scale"] = config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite
         options["scale"] = 1 / config.logits_scaling
     device = next(model.parameters()).device
-    ids = torch.arange(3, 9, device=device)[None] % config.vocab_size
+    ids = torch.arange(3, 10, device=device)[None] % config.vocab_size
     targets = torch.arange(6, device=device)
-    want = model(ids, use_cache=False).logits[0].float().log_softmax(-1)[targets, targets]
-    head, hidden = model.get_output_embeddings(), model.base_model(ids, use_cache=False)[0][0]
-    got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
-    assert isinstance(got, Tensor)
-    difference = (got - want).abs().max().item()
-    if not difference <= (1e-3 if head.weight.dtype.itemsize >= 4 else 0.25):
+
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+
+    def logprobs(tokens: int) -> Tensor:
+        logits = model(ids[:, :tokens], use_cache=False).logits[0, :6]
+        return logits.to(dtype).log_softmax(-1)[targets, targets]
+
+    want, bound = logprobs(7), 1e-3 if head.weight.dtype.itemsize >= 4 else 0.25
+    hidden = _backbone(model)(ids[:, :6], use_cache=False)[0][0]
+    difference = math.inf
+    if hidden.shape[-1] == head.weight.shape[1]:
+        got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
+        assert isinstance(got, Tensor)
+        difference = (got - want).abs().max().item()
+    if difference <= bound:
+        return options
+    if not (logprobs(6) - want).abs().max().item() <= bound:
         raise InputError(
-            f"the output head of {config.model_type} does more than a linear layer, a scale and a "
-            f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
+            f"this {config.model_type} model sees the tokens behind the one it predicts, so it "
+            "has no log-probs of a response; use a causal language model"
         )
-    return options
+    raise InputError(
+        f"the output head of {config.model_type} does more than a linear layer, a scale and a "
+        f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
+    )

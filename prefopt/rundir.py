@@ -15,7 +15,6 @@ from prefopt.errors import InputError
 
 if TYPE_CHECKING:
     from prefopt.policy import Generation, Policy
-    from prefopt.reference import ReferenceCache
 
 
 class RunDir:
@@ -30,7 +29,11 @@ class RunDir:
                 f"--out {dir} already holds a run; continue it with --resume auto, or name another "
                 "folder"
             )
-        self._data: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        """The model is written last, and at once."""
+        return (self.dir / "model").is_dir()
 
     def start(self, notes: dict[str, Any], config: TrainConfig, settings: dict[str, Any]) -> None:
         """Write what is known before the first step."""
@@ -42,17 +45,7 @@ class RunDir:
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_bytes(self.dir / "config.yaml", text.encode())
         write_json(self.dir / "env.json", environment())
-        self._data = notes
         write_json(self.dir / "data_report.json", notes)
-
-    def note_cache(self, cache: ReferenceCache) -> None:
-        """How many reference passes this run made, and how many responses were on disk."""
-        self._data["reference"] = {
-            "forward passes": cache.forwards,
-            "responses on disk": cache.hits,
-            "responses computed": cache.misses,
-        }
-        write_json(self.dir / "data_report.json", self._data)
 
     def add_evaluation(self, stage: str, result: dict[str, Any]) -> None:
         """evaluation.json: {"before": ..., "after": ...}"""
@@ -60,9 +53,7 @@ class RunDir:
         known = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, {**known, stage: result})
 
-    def add_samples(
-        self, step: int, stage: str, prompts: list, answers: list[Generation]
-    ) -> None:
+    def add_samples(self, step: int, stage: str, prompts: list, answers: list[Generation]) -> None:
         """Answers of one stage; those that a resumed run gives again replace the old ones."""
         path = self.dir / "samples.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []

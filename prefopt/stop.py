@@ -6,19 +6,19 @@ import signal
 import threading
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """Raised at a safe point after a signal asked the run to stop."""
+class Stopped(BaseException):
+    """A signal asked to stop. No error, and so, like KeyboardInterrupt, no Exception."""
 
 
 class StopSignal:
     """Context manager that turns SIGTERM and the first SIGINT into ``Stopped`` at ``check()``.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no handlers,
-    it does nothing.
+    ``at_once``: wherever the program is, for phases that leave nothing behind. A second Ctrl-C
+    interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.asked, self.at_once = False, at_once
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -31,6 +31,8 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        if self.at_once:
+            raise Stopped
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():

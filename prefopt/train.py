@@ -7,14 +7,17 @@ step means recomputing the plan and loading the tensors; no iterator is ever sav
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prefopt import checkpoint
 from prefopt.config import TrainConfig, default_cache
@@ -23,7 +26,7 @@ from prefopt.data.packing import Batch, pack
 from prefopt.data.records import Message, Pair
 from prefopt.data.split import split_pairs
 from prefopt.errors import InputError
-from prefopt.evaluate import Evaluation, evaluate
+from prefopt.evaluate import evaluate
 from prefopt.flops import useful_flops
 from prefopt.metrics import Meter, MetricsLog, Progress, gemm_rate, peak_memory_bytes, read_metrics
 from prefopt.objectives.dpo import DPO
@@ -46,7 +49,8 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.dir / "metrics.jsonl")[0]
+        path = self.dir / "metrics.jsonl"
+        return read_metrics(path)[0] if path.exists() else []
 
     def report(self) -> Path:
         """Write report.html anew and return its path."""
@@ -68,17 +72,26 @@ def train(
 
     Encodes, holds out prompts, computes the reference log-probs that are not on disk yet, trains,
     evaluates, saves. ``settings`` is what config.yaml records besides ``config``. SIGTERM and the
-    first Ctrl-C save a checkpoint and return a Run with ``stopped``. Raises InputError for bad
-    input, before anything is written, and FloatingPointError for a loss that is not finite.
+    first Ctrl-C save a checkpoint and return a Run with ``stopped``; a finished run that is resumed
+    with "auto" is returned as it is. Raises InputError for bad input, before anything is written to
+    ``config.out``, and FloatingPointError for a loss that is not finite.
     """
-    resume_from = find_checkpoint(config)
-    plan = make_plan(policy, data, config)
     run = RunDir(Path(config.out), resuming=config.resume is not None)
-    with Progress(quiet=quiet) as progress, StopSignal() as stop:
-        loop = _Loop(objective, policy, plan, config, run, progress, stop)
-        run.start(plan.notes, config, settings or {})
+    if config.resume == "auto" and run.finished:
+        _log.info("%s is finished", run.dir)
+        return Run(run.dir)
+    resume_from = find_checkpoint(config)
+    with Progress(quiet=quiet) as progress, StopSignal(at_once=True) as stop:
         try:
-            loop.run(resume_from)
+            plan = make_plan(policy, data, config)
+            stop.at_once = False
+            loop = _Loop(objective, policy, plan, config, run, progress, stop)
+            loop.prepare(resume_from)
+        except Stopped:  # what was computed is in the cache
+            return Run(run.dir, stopped=True)
+        run.start({**plan.notes, "reference": loop.cache_notes()}, config, settings or {})
+        try:
+            loop.run(resumed=resume_from is not None)
         except Stopped:
             loop.save_stopped()
             return Run(run.dir, stopped=True)
@@ -105,9 +118,7 @@ class Plan:
 def make_plan(policy: Policy, data: Sequence[Pair], config: TrainConfig) -> Plan:
     """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
     longest = min(config.max_length, context_length(policy))
-    encoded = encode_pairs(
-        data, policy.tokenizer, max_length=longest, template=config.template
-    )
+    encoded = encode_pairs(data, policy.tokenizer, max_length=longest, template=config.template)
     at = {item.index: i for i, item in enumerate(encoded)}
     train, held_out = split_pairs(data, config.eval_fraction)
     train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
@@ -127,9 +138,7 @@ def make_plan(policy: Policy, data: Sequence[Pair], config: TrainConfig) -> Plan
             "held-out pairs": len(held_rows),
         },
     }
-    return Plan(
-        encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes
-    )
+    return Plan(encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes)
 
 
 def context_length(policy: Policy) -> int:
@@ -171,7 +180,8 @@ def fill_cache(
     """All reference passes before the first step, packed as the first epoch will be, so that
     policy and reference round alike and every margin starts at exactly 0."""
     once = dataclasses.replace(config, epochs=1)
-    groups = [plan.held_out, *(group for _, group in _step_groups(plan.encoded, plan.train, once))]
+    first_epoch = islice(_step_groups(plan.encoded, plan.train, once), plan.steps)
+    groups = [plan.held_out, *(group for _, group in first_epoch)]
     progress.phase("reference", len(groups))
     for done, group in enumerate(groups, 1):
         items = (plan.encoded[i] for i in group)
@@ -206,28 +216,49 @@ class _Loop:
         torch.manual_seed(config.seed)
         policy.use_float32_masters()
         if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = policy.model  # whose method transformers 5.23 renamed
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.names, parameters = zip(*policy.trainable(), strict=True)
         lr = config.lr or (2e-4 if policy.adapter else 1e-5)
         self.optimizer = make_optimizer(parameters, lr, weight_decay=config.weight_decay)
         self.peak_lr, self.scaler = lr, make_scaler(policy.autocast or policy.dtype, policy.device)
         self.cache = ReferenceCache(config.cache or default_cache())
         self.key: dict[str, str] = {}
-        self.log = MetricsLog(run.dir / "metrics.jsonl")
+        self.log, self.meter = MetricsLog(run.dir / "metrics.jsonl"), Meter()
         self.step = self.saved = 0
+        self.evaluated: set[int] = set()  # steps
         self.elapsed = 0.0
 
-    def run(self, resume_from: Path | None) -> None:
-        plan, config = self.plan, self.config
+    def prepare(self, resume_from: Path | None) -> None:
+        """All that can find the input wrong; nothing of it is written to the run folder."""
         self.key = self.policy.reference_key()
+        saved = self._read(resume_from) if resume_from else None
+        fill_cache(
+            self.cache, self.policy, self.plan, self.config, self.key, self.progress, self.stop
+        )
+        if saved:  # not before: without an adapter the reference is these weights' starting point
+            self._restore(*saved)
+
+    def cache_notes(self) -> dict[str, int]:
+        """How many reference passes this run made, and how many responses were on disk."""
+        return {
+            "forward passes": self.cache.forwards,
+            "responses on disk": self.cache.hits,
+            "responses computed": self.cache.misses,
+        }
+
+    def run(self, *, resumed: bool) -> None:
+        plan, config = self.plan, self.config
         held_out = list(self._batches(plan.held_out))
-        fill_cache(self.cache, self.policy, plan, config, self.key, self.progress, self.stop)
-        self.run_dir.note_cache(self.cache)
-        if resume_from is None:
+        self.log.truncate_after(self.step if resumed else -1)
+        if resumed:
+            rows = read_metrics(self.log.path)[0] if self.log.path.exists() else []
+            self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
+            self.elapsed = max((row.get("elapsed_s") or 0.0 for row in rows), default=0.0)
+        else:
             self._evaluate(held_out, "before")
             self._sample("before")
-        else:
-            self._load(resume_from)
         self._train(held_out)
         if plan.steps % (config.eval_every or plan.steps) or not config.eval_every:
             self._evaluate(held_out, "after")
@@ -238,13 +269,16 @@ class _Loop:
         config, plan = self.config, self.plan
         warmup = warmup_steps(config.warmup, plan.steps)
         self.policy.train()
-        meter, clock, work = Meter(), time.perf_counter(), {"tokens": 0, "flops": 0.0}
+        clock, work = time.perf_counter(), {"tokens": 0, "flops": 0.0}
         groups = _step_groups(plan.encoded, plan.train, config)
         self.progress.phase("train", plan.steps)
         for step, (epoch, group) in enumerate(groups, 1):
             if step > plan.steps:
                 break
-            if step <= self.step:
+            if step < self.step:
+                continue
+            if step == self.step:  # the stop may have come before its evaluation was done
+                self._due(step, epoch, held_out)
                 continue
             self.stop.check()
             factor = lr_factor(step - 1, plan.steps, warmup=warmup, schedule=config.schedule)
@@ -256,12 +290,15 @@ class _Loop:
                 max_norm=config.max_norm, scaler=self.scaler,
             )  # fmt: skip
             self.step = step
-            meter.add({"loss": stats.loss * stats.count, **stats.metrics}, stats.count)
-            meter.add({"grad_norm": stats.grad_norm, "skipped": 1.0 - stats.applied}, 1)
+            self.meter.add({"loss": stats.loss * stats.count, **stats.metrics}, stats.count)
+            if stats.applied:
+                self.meter.add({"grad_norm": stats.grad_norm}, 1)
+            if self.scaler:
+                self.meter.add({"skipped": 1.0 - stats.applied}, 1)
             work["tokens"] += sum(len(b.input_ids) for b in batches)
             work["flops"] += sum(useful_flops(self.policy, b, backward=True) for b in batches)
             if step % config.log_every == 0 or step == plan.steps:
-                row = {"step": step, "epoch": epoch, **meter.flush()}
+                row = {"step": step, "epoch": epoch, **self.meter.flush()}
                 row["learning_rate"] = self.peak_lr * factor
                 row.update(self._speed(work, time.perf_counter() - clock))
                 self.log.write(row)
@@ -279,7 +316,7 @@ class _Loop:
         if due:
             self._evaluate(held_out, "after" if last else "during")
             self.progress.phase("train", self.plan.steps)
-        if config.save_every and step % config.save_every == 0 and not last:
+        if config.save_every and step % config.save_every == 0 and not last and step > self.saved:
             self._save()
 
     def _speed(self, work: dict[str, float], seconds: float) -> dict[str, float]:
@@ -304,9 +341,9 @@ class _Loop:
 
     # -- evaluation, samples, checkpoints
 
-    def _evaluate(self, held_out: list[Batch], stage: str) -> Evaluation | None:
-        if not held_out:
-            return None
+    def _evaluate(self, held_out: list[Batch], stage: str) -> None:
+        if not held_out or self.step in self.evaluated:
+            return
         self.progress.phase("evaluate", len(held_out))
         result = evaluate(
             self.policy, self._with_reference(iter(held_out)), self.objective,
@@ -316,9 +353,9 @@ class _Loop:
         low, high = result.summary["accuracy_low"], result.summary["accuracy_high"]
         row = {f"eval_{k}": v for k, v in result.metrics.items()}
         interval = {} if low is None else {"eval_accuracy_low": low, "eval_accuracy_high": high}
-        self.log.write({"step": self.step, **row, **interval})
         self.run_dir.add_evaluation(stage, {**result.summary, **result.metrics})
-        return result
+        self.log.write({"step": self.step, **row, **interval})
+        self.evaluated.add(self.step)
 
     def _sample(self, stage: str) -> None:
         if not self.plan.prompts:
@@ -344,6 +381,7 @@ class _Loop:
             "step": self.step,
             "optimizer": state,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "meter": self.meter.state(),
             "reference": self.key,
             "order": self._order(),
         }
@@ -353,11 +391,17 @@ class _Loop:
 
     def _order(self) -> dict[str, Any]:
         """What decides which pairs a step sees: must be equal for a resumed run."""
-        sizes = [len(self.plan.encoded), len(self.plan.train), self.plan.steps]
         keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
-        return {"pairs": sizes, **{k: getattr(self.config, k) for k in keys}}
+        digest = hashlib.sha256()
+        for i in self.plan.train:
+            item = self.plan.encoded[i]
+            for ids in (item.prompt, *item.responses):
+                digest.update(len(ids).to_bytes(4) + ids.tobytes())
+        settings = {k: getattr(self.config, k) for k in keys}
+        return {**settings, "steps": self.plan.steps, "token ids": digest.hexdigest()[:16]}
 
-    def _load(self, path: Path) -> None:
+    def _read(self, path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """A checkpoint's tensors and state; InputError unless it is one of this run."""
         groups, state = checkpoint.load_checkpoint(path)
         for name, value in self._order().items():
             if state["order"].get(name) != value:
@@ -366,23 +410,33 @@ class _Loop:
                     f"{value}; resume with the same data and configuration, or start in a new --out"
                 )
         if state["reference"] != self.key:
-            raise InputError(f"{path} was trained from other base weights or in another dtype")
-        with torch.no_grad():
-            for name, p in self.policy.trainable():
-                if name not in groups["weights"] or groups["weights"][name].shape != p.shape:
-                    raise InputError(f"{path} has no weight {name} of this shape; same --lora?")
-                p.copy_(groups["weights"][name])
+            raise InputError(
+                f"{path} was trained from other base weights, or in another dtype; resume with the "
+                "model and dtype of the checkpoint"
+            )
+        saved = {name: tuple(value.shape) for name, value in groups["weights"].items()}
+        ours = {name: tuple(p.shape) for name, p in self.policy.trainable()}
+        if saved != ours:
+            name = min(name for name in saved | ours if saved.get(name) != ours.get(name))
+            raise InputError(
+                f"{path} has {name} in shape {saved.get(name)} and this run in {ours.get(name)}; "
+                "resume with the LoRA settings of the checkpoint"
+            )
+        _log.info("resuming from %s", path)
+        return groups, state
+
+    @torch.no_grad()
+    def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        for name, p in self.policy.trainable():
+            p.copy_(groups["weights"][name])
         checkpoint.load_optimizer(
             self.optimizer, self.names, groups["optimizer"], state["optimizer"]
         )
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         checkpoint.set_rng_state(groups["rng"])
+        self.meter.restore(state["meter"])
         self.step = self.saved = state["step"]
-        self.log.truncate_after(self.step)
-        rows = self.run_dir.dir.joinpath("metrics.jsonl").exists() and read_metrics(self.log.path)[0]
-        self.elapsed = max((row.get("elapsed_s") or 0.0 for row in rows or ()), default=0.0)
-        _log.info("resumed from %s", path)
 
     def save_stopped(self) -> None:
         if self.step > self.saved:

@@ -13,6 +13,7 @@ os.environ |= {
     "MPLBACKEND": "agg",
 }
 
+import json
 from pathlib import Path
 
 import hypothesis
@@ -69,3 +70,53 @@ def hh_path() -> Path:
 def stories_path() -> Path:
     """A real pretrained Llama of 260,032 parameters, a Hugging Face model folder."""
     return _from_shared("models", "stories260K")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers and its tokenizer, a Hugging Face model folder."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    letters, specials = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator(["Please tell me about the thing. I will gladly help."], trainer)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=bpe.get_vocab_size(), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> list[dict[str, str]]:
+    """Preference pairs on 24 prompts, with responses of different lengths."""
+    return [
+        {
+            "prompt": f"Tell me about {thing} {number}.",
+            "chosen": f"I will gladly help: {thing} {number} is a fine thing{', really' * number}.",
+            "rejected": f"No. {thing}{'! No' * (3 - number)}",
+        }
+        for thing in ("cats", "dogs", "trees", "rain", "music", "bread")
+        for number in range(4)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[str, str]]) -> Path:
+    """The tiny preference pairs as a file of JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows))
+    return path

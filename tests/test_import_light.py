@@ -34,7 +34,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_import_loads_nothing_of_the_house_but_the_front_door():
-    program = "import sys, prefopt; print(sorted(m for m in sys.modules if 'prefopt' in m))"
+    # An editable install adds a finder of another top-level name.
+    program = "import sys, prefopt; print([m for m in sys.modules if m.split('.')[0] == 'prefopt'])"
     assert run(program).strip() == "['prefopt']"
     assert "torch" not in run(
         "import sys, prefopt; print([m for m in sys.modules if m == 'torch'])"
@@ -103,7 +104,7 @@ from prefopt.{name} import {name} as defined
 assert defined is {name}
 assert isinstance(sys.modules["prefopt.{name}"], types.ModuleType)
 """
-    # One process for all orders, because each would import torch anew; prefopt is forgotten between.
+    # One process for all orders, as each would import torch anew; prefopt is forgotten between.
     program = f"""
 import sys, types, torch
 for first in {FIRST_IMPORTS!r}:

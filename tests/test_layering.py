@@ -25,7 +25,7 @@ LAYERS = (
     ("train", "rundir", "report", "export", "plan"),
     ("demo",),
     ("commands",),
-    ("cli",),
+    ("cli", "usage"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

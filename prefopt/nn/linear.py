@@ -30,7 +30,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(
             flat if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
-        return dispatch.mm_nt(flat, weight, bias).view(*x.shape[:-1], -1)
+        y = dispatch.mm_nt(flat, weight, bias)
+        # A view made in here could not be changed in place, which Llama 4 and Gemma 3n do.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,6 @@ Shapes: B pairs, R = 2B responses (chosen, rejected, chosen, ...), N scored toke
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +29,15 @@ class DPO:
     ):
         if not beta > 0:
             raise InputError(f"beta is {beta!r}; it must be above 0")
+        if not 0 <= kwargs.get("label_smoothing", 0.0) < 0.5:
+            raise InputError(
+                f"label_smoothing is {kwargs['label_smoothing']!r}; it must be in [0, 0.5)"
+            )
         self.beta = beta
         if isinstance(loss, str):
             self.name, self.loss = loss, loss_from(loss, beta=beta, **kwargs)
         elif kwargs:
-            raise InputError(f"bind {', '.join(kwargs)} to your loss itself, with functools.partial")
+            raise InputError(f"bind {', '.join(kwargs)} to your loss with functools.partial")
         else:
             self.name, self.loss = getattr(loss, "__name__", "custom"), loss
 
@@ -79,6 +82,6 @@ class DPO:
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).float(),
-            "logps/chosen": pairs.chosen,
-            "logps/rejected": pairs.rejected,
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
         }
