@@ -55,7 +55,7 @@ def timed(side: str, job: dict[str, Any]) -> dict[str, Any]:
         f"round {job['round']} {job['dtype']:8} {side:7} {result['mode']:26}"
         f" {result['pairs_per_s']:.3f} pairs/s {result['pairs_per_cpu_s']:.3f} pairs/CPU s"
         f" {result['peak_rss'] / 1e9:.2f} GB, first loss {result['losses'][0]:.6f}"
-        f" logps/chosen {result['chosen_logps']:.3f}, others used {result['others']:.0%} of the CPUs",
+        f" logps/chosen {result['chosen_logps']:.3f}, others {result['others']:.0%}",
         flush=True,
     )
     return result

@@ -47,11 +47,11 @@ def cpu_seconds() -> float:
 
 
 def machine_busy_seconds() -> float:
-    """CPU seconds that all of the machine's processors have spent on anything; NaN where unknown."""
+    """CPU seconds that all processors have spent on anything; outside Linux only this process's."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     except OSError:
-        return float("nan")
+        return cpu_seconds()
     user, nice, system, _idle, _iowait, *rest = map(int, fields)  # rest: interrupts and steal
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 

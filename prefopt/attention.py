@@ -46,6 +46,7 @@ class Runs:
         # How a probe sees that every layer came by, and with the window its mask would have had.
         self.calls = 0
         self.windows: set[int | None] = set()
+        self.head_size = 0  # the largest
 
     @functools.cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -86,6 +87,7 @@ def run_attention(
     assert query.shape[0] == 1
     segments.calls += 1
     segments.windows.add(sliding_window)
+    segments.head_size = max(segments.head_size, query.shape[-1])
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

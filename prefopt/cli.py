@@ -85,12 +85,13 @@ def make_parser() -> ArgumentParser:
         prog="prefopt",
         description="Preference optimisation for language models.",
         exit_on_error=False,
+        allow_abbrev=False,  # also of every command below
         version=__version__,
     )
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, command_parser(function), help=first_line(function))
-    cache = ArgumentParser(exit_on_error=False)
+    cache = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     subcommands.add_subcommand("cache", cache, help="Reference log-probs on disk.")
     actions = cache.add_subcommands(required=True, dest="action")
     for name, function in CACHE_COMMANDS.items():

@@ -16,7 +16,7 @@ from prefopt.errors import InputError
 
 
 def why_not(op: str, device: torch.device | str) -> str | None:
-    """None if the Triton kernel of ``op`` can run on ``device``, else a sentence that says why not."""
+    """None if the Triton kernel of ``op`` runs on ``device``, else a sentence that says why not."""
     device = torch.device(device)
     if device.type != "cuda":
         return f"the {op} kernel needs a CUDA or ROCm device and this tensor is on {device.type}"
@@ -57,7 +57,7 @@ def keep_cpu_memory_low() -> None:
 
     glibc keeps freed blocks below a threshold that grows to 32 MiB, and the heap fragments; above
     a fixed 1 MiB they go back to the system. oneDNN keeps up to 1,024 compiled kernels, one per
-    shape; 128 cover a step. Together 15% to 25% less peak memory at the same speed (docs/design.md).
+    shape; 128 cover a step. Together 15% to 25% less peak memory, no slower (docs/design.md).
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read at oneDNN's first use
     if sys.platform == "linux":

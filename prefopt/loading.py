@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefopt.errors import InputError
+from prefopt.logprobs import token_logprobs
 
 EMBEDDED = Path(__file__).parent / "assets"  # the tiny model and preference data of `prefopt demo`
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -122,6 +125,53 @@ def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def backbone(model: Any) -> Any:
+    """The model without its output head (Llama 4's is not where its class says)."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
+
+
+@torch.no_grad()
+def head_options(model: Any) -> dict[str, float]:
+    """Softcap and scale between hidden states and logits, checked against the model's logits."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    options: dict[str, float] = {}
+    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
+        if getattr(config, name, None):
+            options["softcap"] = getattr(config, name)
+    if getattr(config, "logit_scale", None):  # Cohere
+        options["scale"] = config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        options["scale"] = 1 / config.logits_scaling
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 10, device=device)[None] % config.vocab_size
+    targets = torch.arange(6, device=device)
+
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+
+    def logprobs(tokens: int) -> Tensor:
+        logits = model(ids[:, :tokens], use_cache=False).logits[0, :6]
+        return logits.to(dtype).log_softmax(-1)[targets, targets]
+
+    want, bound = logprobs(7), 1e-3 if head.weight.dtype.itemsize >= 4 else 0.25
+    hidden = backbone(model)(ids[:, :6], use_cache=False)[0][0]
+    difference = math.inf
+    if hidden.shape[-1] == head.weight.shape[1]:
+        got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
+        assert isinstance(got, Tensor)
+        difference = (got - want).abs().max().item()
+    if difference <= bound:
+        return options
+    if not (logprobs(6) - want).abs().max().item() <= bound:
+        raise InputError(
+            f"this {config.model_type} model sees the tokens behind the one it predicts, so it "
+            "has no log-probs of a response; use a causal language model"
+        )
+    raise InputError(
+        f"the output head of {config.model_type} does more than a linear layer, a scale and a "
+        f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
+    )
 
 
 def remove_dropout(model: torch.nn.Module) -> None:

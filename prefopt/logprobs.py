@@ -201,7 +201,7 @@ def _recompute_backward(saved, upstream, head: _Head, needs):
 def gather_logprobs(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, impl: str = "auto"
 ) -> Tensor:
-    """log softmax(logits / temperature)[targets]: [..., V], [...] int64 -> [...], float32 (float64)."""
+    """log softmax(logits / temperature)[targets]: [..., V], [...] int64 -> [...], float32 or 64."""
     assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
     dispatch.choose("gather", logits.device, impl)
     flat = _GatherLogprobs.apply(logits.flatten(0, -2), targets.flatten(), temperature)

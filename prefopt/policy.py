@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,9 @@ from prefopt.nn import lora as lora_module
 from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, LoraLinear
 from prefopt.nn.peft_format import load_adapter, save_adapter
+from prefopt.rollout.hf import Generation, generate
 
 ADAPTER, REFERENCE = "default", "reference"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One sampled response; ``finish`` is "stop" at an end token and "length" at the limit."""
-
-    text: str
-    finish: str
 
 
 class Policy(nn.Module):
@@ -61,7 +52,7 @@ class Policy(nn.Module):
         if next(model.parameters()).device.type == "cpu":
             dispatch.keep_cpu_memory_low()
             use_onednn(model)
-        self._head_options = _head_options(model)
+        self._head_options = loading.head_options(model)
         self._own_attention = model.config._attn_implementation
         self.layout_reason = self._choose_layout(attention)
         self._key_cache: tuple[int, dict[str, str]] | None = None
@@ -124,25 +115,20 @@ class Policy(nn.Module):
         obstacle = attention.varlen_obstacle(probe.to(self.device))
         return "shared-runs" if obstacle else "shared-varlen"
 
-    @property
-    def _head_size(self) -> int:
-        config = self.model.config.get_text_config()
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs of ``batch.targets`` under the active adapter, [N] float32."""
         device = self.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             rows, targets = (_round_up(x, 16) for x in (batch.score_rows, batch.targets))
             hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
-            weight, bias = self._head()
+            hidden, weight, bias = self._head(hidden)
             logps = token_logprobs(hidden, weight, targets, bias=bias, **self._head_options)
         assert isinstance(logps, Tensor)
         return logps[: len(batch.targets)]
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows, row length, D]."""
-        backbone = _backbone(self.model)
+        backbone = loading.backbone(self.model)
         ids = batch.input_ids.view(batch.shape)
         if batch.layout == "shared":
             if self.layout == "padded":
@@ -156,12 +142,19 @@ class Policy(nn.Module):
         self._attend(self._own_attention)
         return backbone(ids, use_cache=False).last_hidden_state
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
+    def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(hidden, weight, bias) of the output head. An adapter on it is so many columns more,
+        [h, s h A^T] [W, B]^T: in 16 bits W + s B A would round a young adapter away. Without the
+        adapter they are 0, so that policy and reference go through the same product."""
         head = self.model.get_output_embeddings()
-        if isinstance(head, LoraLinear) and head.active in head.scaling and not head.merged:
-            a, b = head.A[head.active], head.B[head.active]
-            return head.weight + (head.scaling[head.active] * (b @ a)).to(head.weight), head.bias
-        return head.weight, head.bias
+        if not isinstance(head, LoraLinear) or head.merged:
+            return hidden, head.weight, head.bias
+        on = head.active in head.scaling
+        name = head.active if on else next(iter(head.scaling))
+        dropped = nn.functional.dropout(hidden, head.configs[name].dropout, head.training and on)
+        low = dropped @ head.A[name].to(hidden).t() * (head.scaling[name] if on else 0.0)
+        weight = torch.cat([head.weight, head.B[name].to(head.weight)], 1)
+        return torch.cat([hidden, low], 1), weight, head.bias
 
     def _attend(self, implementation: str) -> None:
         """Left as it is afterwards: gradient checkpointing runs forward again in backward."""
@@ -208,10 +201,11 @@ class Policy(nn.Module):
         )
         runs = Runs(shared.segments, self.device)
         attention.asked_windows.clear()
-        _backbone(self.model)(
+        loading.backbone(self.model)(
             shared.input_ids[None], position_ids=shared.position_ids[None], segments=runs,
             use_cache=False,
         )  # fmt: skip
+        self._head_size = runs.head_size
         kind, layers = config.model_type, config.num_hidden_layers
         if runs.calls != layers:
             return f"{kind} has {layers} layers and called {runs.calls} times for attention"
@@ -290,7 +284,6 @@ class Policy(nn.Module):
             self.model.float()
             self._key_cache = None
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str | list[Message]],
@@ -303,50 +296,21 @@ class Policy(nn.Module):
     ) -> list[Generation]:
         """One response per prompt: a string (one user turn) or messages. Temperature 0: greedy."""
         turns = [[Message("user", p)] if isinstance(p, str) else p for p in prompts]
-        encoded = encode_prompts(turns, self.tokenizer, template)
-        results: list[Generation] = []
         training = self.training
         self.eval()
-        kind = self.device.type if self.device.type in ("cuda", "xpu") else "cpu"
-        devices = [] if kind == "cpu" else [self.device]
         try:
-            with self._plain_attention(), torch.random.fork_rng(devices, device_type=kind):
-                torch.manual_seed(seed)
-                for start in range(0, len(encoded), batch_size):
-                    part = encoded[start : start + batch_size]
-                    results += self._generate(part, max_new_tokens, temperature)
+            with self._plain_attention():
+                return generate(
+                    self.model,
+                    self.tokenizer,
+                    encode_prompts(turns, self.tokenizer, template),
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    batch_size=batch_size,
+                )
         finally:
             self.train(training)
-        return results
-
-    def _generate(self, prompts, max_new_tokens: int, temperature: float) -> list[Generation]:
-        # What training ends a response with, and whatever else the model's authors end one with.
-        ends, eos = self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id
-        stops = {*(ends if isinstance(ends, list) else [ends]), eos} - {None}
-        pad = self.tokenizer.pad_token_id
-        pad = next(iter(stops), 0) if pad is None else pad
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left padding: every prompt ends at the same column
-            ids[row, width - len(prompt) :] = torch.from_numpy(prompt).long()
-            mask[row, width - len(prompt) :] = 1
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        out = self.model.generate(
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            pad_token_id=pad,
-            eos_token_id=sorted(stops) or None,
-            **sampling,
-        )
-        results = []
-        for tokens in out[:, width:].tolist():
-            end = next((i for i, t in enumerate(tokens) if t in stops), None)
-            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            results.append(Generation(text, "length" if end is None else "stop"))
-        return results
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or of a model without adapter a folder for transformers and vLLM.
@@ -368,50 +332,3 @@ def _round_up(x: Tensor, multiple: int) -> Tensor:
     (megabytes) a kernel for every new number of rows. What is added is neither seen nor scored."""
     extra = -len(x) % multiple if x.device.type == "cpu" else 0
     return torch.nn.functional.pad(x, (0, extra)) if extra else x
-
-
-def _backbone(model: Any) -> Any:
-    """The model without its output head (Llama 4's is not where its class says)."""
-    return getattr(model, "model", model) if model.base_model is model else model.base_model
-
-
-@torch.no_grad()
-def _head_options(model: Any) -> dict[str, float]:
-    """Softcap and scale between hidden states and logits, checked against the model's logits."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    options: dict[str, float] = {}
-    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
-        if getattr(config, name, None):
-            options["softcap"] = getattr(config, name)
-    if getattr(config, "logit_scale", None):  # Cohere
-        options["scale"] = config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        options["scale"] = 1 / config.logits_scaling
-    device = next(model.parameters()).device
-    ids = torch.arange(3, 10, device=device)[None] % config.vocab_size
-    targets = torch.arange(6, device=device)
-
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-
-    def logprobs(tokens: int) -> Tensor:
-        logits = model(ids[:, :tokens], use_cache=False).logits[0, :6]
-        return logits.to(dtype).log_softmax(-1)[targets, targets]
-
-    want, bound = logprobs(7), 1e-3 if head.weight.dtype.itemsize >= 4 else 0.25
-    hidden = _backbone(model)(ids[:, :6], use_cache=False)[0][0]
-    difference = math.inf
-    if hidden.shape[-1] == head.weight.shape[1]:
-        got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
-        assert isinstance(got, Tensor)
-        difference = (got - want).abs().max().item()
-    if difference <= bound:
-        return options
-    if not (logprobs(6) - want).abs().max().item() <= bound:
-        raise InputError(
-            f"this {config.model_type} model sees the tokens behind the one it predicts, so it "
-            "has no log-probs of a response; use a causal language model"
-        )
-    raise InputError(
-        f"the output head of {config.model_type} does more than a linear layer, a scale and a "
-        f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
-    )

@@ -6,25 +6,21 @@ step means recomputing the plan and loading the tensors; no iterator is ever sav
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prefopt import checkpoint
 from prefopt.config import TrainConfig, default_cache
-from prefopt.data.encode import Encoded, encode_pairs
 from prefopt.data.packing import Batch, pack
-from prefopt.data.records import Message, Pair
-from prefopt.data.split import split_pairs
+from prefopt.data.records import Pair
 from prefopt.errors import InputError
 from prefopt.evaluate import evaluate
 from prefopt.flops import useful_flops
@@ -32,6 +28,15 @@ from prefopt.metrics import Meter, MetricsLog, Progress, gemm_rate, peak_memory_
 from prefopt.objectives.dpo import DPO
 from prefopt.optim import lr_factor, make_optimizer, make_scaler, warmup_steps
 from prefopt.policy import Policy
+from prefopt.prepare import (
+    Plan,
+    fill_cache,
+    find_checkpoint,
+    make_plan,
+    order_of,
+    read_checkpoint,
+    step_groups,
+)
 from prefopt.reference import ReferenceCache
 from prefopt.rundir import RunDir
 from prefopt.step import optimizer_step
@@ -96,117 +101,9 @@ def train(
             loop.save_stopped()
             return Run(run.dir, stopped=True)
         finally:
-            run.report()
+            with contextlib.suppress(InputError):  # the folder was taken away: the cause is shown
+                run.report()
     return Run(run.dir)
-
-
-# -- what is decided before anything runs
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The encoded pairs, which of them train, and how many steps that makes."""
-
-    encoded: Sequence[Encoded]
-    train: list[int]  # positions in encoded
-    held_out: list[int]
-    steps: int
-    prompts: list[list[Message]]  # held-out prompts to answer before and after
-    notes: dict[str, Any]  # for data_report.json
-
-
-def make_plan(policy: Policy, data: Sequence[Pair], config: TrainConfig) -> Plan:
-    """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
-    longest = min(config.max_length, context_length(policy))
-    encoded = encode_pairs(data, policy.tokenizer, max_length=longest, template=config.template)
-    at = {item.index: i for i, item in enumerate(encoded)}
-    train, held_out = split_pairs(data, config.eval_fraction)
-    train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
-    if not train:
-        raise InputError("no pair is left to train on; lower eval_fraction or give more data")
-    plan_steps = sum(1 for _ in _step_groups(encoded, train, config))
-    steps = min(plan_steps, config.max_steps or plan_steps)
-    prompts = list({str(data[i].prompt): data[i].prompt for i in held_rows}.values())
-    report = getattr(data, "report", None)
-    notes = {
-        **(report.to_dict() if report else {"source": "pairs", "rows": len(data)}),
-        "encoding": {
-            "template": encoded.template,
-            "max_length": longest,
-            **encoded.counts,
-            "train pairs": len(train),
-            "held-out pairs": len(held_rows),
-        },
-    }
-    return Plan(encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes)
-
-
-def context_length(policy: Policy) -> int:
-    config = policy.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
-
-
-def _step_groups(
-    encoded: Sequence[Encoded], train: list[int], config: TrainConfig
-) -> Iterator[tuple[float, list[int]]]:
-    """(epoch reached, pairs) of every step of every epoch; shuffled by (seed, epoch)."""
-    for epoch in range(config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(train).tolist()
-        done, group, tokens = 0, [], 0
-        for i in order:
-            size = len(encoded[i].prompt) + sum(len(r) - 1 for r in encoded[i].responses)
-            if group and (
-                tokens + size > config.batch_tokens
-                if config.batch_tokens
-                else len(group) == config.batch_size
-            ):
-                done += len(group)
-                yield epoch + done / len(order), group
-                group, tokens = [], 0
-            group.append(i)
-            tokens += size
-        yield float(epoch + 1), group
-
-
-def fill_cache(
-    cache: ReferenceCache,
-    policy: Policy,
-    plan: Plan,
-    config: TrainConfig,
-    key: dict[str, str],
-    progress: Progress,
-    stop: StopSignal,
-) -> None:
-    """All reference passes before the first step, packed as the first epoch will be, so that
-    policy and reference round alike and every margin starts at exactly 0."""
-    once = dataclasses.replace(config, epochs=1)
-    first_epoch = islice(_step_groups(plan.encoded, plan.train, once), plan.steps)
-    groups = [plan.held_out, *(group for _, group in first_epoch)]
-    progress.phase("reference", len(groups))
-    for done, group in enumerate(groups, 1):
-        items = (plan.encoded[i] for i in group)
-        batches = pack(items, max_tokens=config.micro_tokens, layout=policy.layout)
-        for _ in cache.logprobs(policy, batches, key=key):
-            stop.check()
-        progress.update(done)
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or None to start; a bad explicit path is an InputError."""
-    root = Path(config.out) / "checkpoints"
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        path = Path(config.resume)
-        checkpoint.verify_checkpoint(path)
-        return path
-    found = checkpoint.latest_checkpoint(root) if root.is_dir() else None
-    if found is None and root.is_dir() and any(root.glob("step-*")):
-        raise InputError(f"every checkpoint in {root} is damaged; remove the folder to start again")
-    return found
-
-
-# -- the loop
 
 
 class _Loop:
@@ -233,7 +130,10 @@ class _Loop:
     def prepare(self, resume_from: Path | None) -> None:
         """All that can find the input wrong; nothing of it is written to the run folder."""
         self.key = self.policy.reference_key()
-        saved = self._read(resume_from) if resume_from else None
+        saved = None
+        if resume_from:
+            order = order_of(self.plan, self.config)
+            saved = read_checkpoint(resume_from, order, self.key, self.policy)
         fill_cache(
             self.cache, self.policy, self.plan, self.config, self.key, self.progress, self.stop
         )
@@ -270,7 +170,7 @@ class _Loop:
         warmup = warmup_steps(config.warmup, plan.steps)
         self.policy.train()
         clock, work = time.perf_counter(), {"tokens": 0, "flops": 0.0}
-        groups = _step_groups(plan.encoded, plan.train, config)
+        groups = step_groups(plan.encoded, plan.train, config)
         self.progress.phase("train", plan.steps)
         for step, (epoch, group) in enumerate(groups, 1):
             if step > plan.steps:
@@ -383,47 +283,11 @@ class _Loop:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state(),
             "reference": self.key,
-            "order": self._order(),
+            "order": order_of(self.plan, self.config),
         }
         root = self.run_dir.dir / "checkpoints"
         checkpoint.save_checkpoint(root, self.step, groups, saved, keep=self.config.keep)
         self.saved = self.step
-
-    def _order(self) -> dict[str, Any]:
-        """What decides which pairs a step sees: must be equal for a resumed run."""
-        keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
-        digest = hashlib.sha256()
-        for i in self.plan.train:
-            item = self.plan.encoded[i]
-            for ids in (item.prompt, *item.responses):
-                digest.update(len(ids).to_bytes(4) + ids.tobytes())
-        settings = {k: getattr(self.config, k) for k in keys}
-        return {**settings, "steps": self.plan.steps, "token ids": digest.hexdigest()[:16]}
-
-    def _read(self, path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """A checkpoint's tensors and state; InputError unless it is one of this run."""
-        groups, state = checkpoint.load_checkpoint(path)
-        for name, value in self._order().items():
-            if state["order"].get(name) != value:
-                raise InputError(
-                    f"{path} was saved with {name} = {state['order'].get(name)} and this run has "
-                    f"{value}; resume with the same data and configuration, or start in a new --out"
-                )
-        if state["reference"] != self.key:
-            raise InputError(
-                f"{path} was trained from other base weights, or in another dtype; resume with the "
-                "model and dtype of the checkpoint"
-            )
-        saved = {name: tuple(value.shape) for name, value in groups["weights"].items()}
-        ours = {name: tuple(p.shape) for name, p in self.policy.trainable()}
-        if saved != ours:
-            name = min(name for name in saved | ours if saved.get(name) != ours.get(name))
-            raise InputError(
-                f"{path} has {name} in shape {saved.get(name)} and this run in {ours.get(name)}; "
-                "resume with the LoRA settings of the checkpoint"
-            )
-        _log.info("resuming from %s", path)
-        return groups, state
 
     @torch.no_grad()
     def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ LAYERS = (
     ("attention", "loading", "policy", "reference", "rollout", "checkpoint"),
     ("step",),
     ("objectives", "evaluate", "flops"),
-    ("train", "rundir", "report", "export", "plan"),
+    ("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
     ("demo",),
     ("commands",),
     ("cli", "usage"),

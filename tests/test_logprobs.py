@@ -1,4 +1,4 @@
-"""token_logprobs, gather_logprobs and sequence_logprobs against plain log_softmax on full logits."""
+"""token_, gather_ and sequence_logprobs against plain log_softmax on full logits."""
 
 import itertools
 
@@ -60,7 +60,10 @@ def test_gradients_equal_autograd_through_full_logits(head, trains, workspace):
     loss, want_loss = (g * (got[0] if entropy else got)).sum(), (g * want).sum()
     if entropy:
         torch.testing.assert_close(got[1], want_entropy, rtol=1e-12, atol=1e-12)
-        loss, want_loss = loss + (g.flip(0) * got[1]).sum(), want_loss + (g.flip(0) * want_entropy).sum()
+        loss, want_loss = (
+            loss + (g.flip(0) * got[1]).sum(),
+            want_loss + (g.flip(0) * want_entropy).sum(),
+        )
     torch.testing.assert_close(got[0] if entropy else got, want, rtol=1e-12, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(want_loss, leaves), strict=True
@@ -79,7 +82,11 @@ def test_gradcheck(train_weight, entropy):
             h, w, targets, bias=b, temperature=0.8, softcap=2.0, scale=1.5, entropy=entropy
         )
 
-    args = (hidden.requires_grad_(), weight.requires_grad_(train_weight), bias.requires_grad_(train_weight))
+    args = (
+        hidden.requires_grad_(),
+        weight.requires_grad_(train_weight),
+        bias.requires_grad_(train_weight),
+    )
     assert torch.autograd.gradcheck(f, args)
 
 
@@ -120,16 +127,16 @@ def test_gradient_error_against_float64(dtype, bound, trained):
         assert error <= bound and error <= peer_error + bound / 8, (error, peer_error)
 
 
-@given(
-    n=st.integers(0, 9), v=st.integers(1, 9), shift=st.floats(-50, 50), seed=st.integers(0, 99)
-)
+@given(n=st.integers(0, 9), v=st.integers(1, 9), shift=st.floats(-50, 50), seed=st.integers(0, 99))
 def test_properties(n, v, shift, seed):
     """Shift invariance, sum of exp = 1, rows independent of their order, any chunk size."""
     hidden, weight, targets = inputs(n, 4, v, seed=seed)
     targets = targets.clamp_max(v - 1)
     got = lp.token_logprobs(hidden, weight, targets)
     bias = torch.full((v,), shift, dtype=torch.float64)
-    torch.testing.assert_close(got, lp.token_logprobs(hidden, weight, targets, bias=bias), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        got, lp.token_logprobs(hidden, weight, targets, bias=bias), atol=1e-9, rtol=1e-9
+    )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     permuted = lp.token_logprobs(hidden[order], weight, targets[order])
     torch.testing.assert_close(got[order], permuted, atol=1e-13, rtol=1e-13)
@@ -193,7 +200,10 @@ def test_sequence_logprobs():
     assert sums.tolist() == [5.0, 0.0, 5.0, 0.0]
     assert lp.sequence_logprobs(logps, ids, 3, average=True).tolist() == [2.5, 0.0, 2.5]
     assert torch.autograd.gradcheck(lambda x: lp.sequence_logprobs(x, ids, 4), (logps,))
-    assert lp.sequence_logprobs(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2).tolist() == [0, 0]
+    assert lp.sequence_logprobs(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2).tolist() == [
+        0,
+        0,
+    ]
 
 
 @given(st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=40), st.integers(0, 5))
@@ -209,7 +219,9 @@ def test_sequence_sum_does_not_depend_on_its_place(values, others):
 def test_impl_is_explained():
     hidden, weight, targets = inputs()
     assert "on cpu" in lp.dispatch.why_not("logprob", "cpu")
-    with pytest.raises(InputError, match="impl='triton' cannot run: the logprob kernel needs a CUDA"):
+    with pytest.raises(
+        InputError, match="impl='triton' cannot run: the logprob kernel needs a CUDA"
+    ):
         lp.token_logprobs(hidden, weight, targets, impl="triton")
     with pytest.raises(InputError, match="not 'fast'"):
         lp.token_logprobs(hidden, weight, targets, impl="fast")
@@ -223,4 +235,6 @@ def test_onednn_gemm_is_a_gemm(shape):
     want = x.double() @ w.double().T + b
     torch.testing.assert_close(lp.dispatch.mm_nt(x, w, b).double(), want, rtol=1e-5, atol=1e-5)
     y = torch.randn(m, n, generator=g)
-    torch.testing.assert_close(lp.dispatch.mm_nt(y, w.t()).double(), y.double() @ w.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        lp.dispatch.mm_nt(y, w.t()).double(), y.double() @ w.double(), rtol=1e-5, atol=1e-4
+    )

@@ -27,8 +27,8 @@ from prefopt import (
     train,
 )
 from prefopt.metrics import gemm_rate
+from prefopt.prepare import make_plan, step_groups
 from prefopt.rundir import RunDir
-from prefopt.train import _step_groups, make_plan
 
 TIMING = {"tokens_per_s", "flop_utilization", "elapsed_s", "peak_memory_bytes"}
 LORA = LoraConfig(r=4, dropout=0.1)
@@ -459,7 +459,7 @@ def test_rows_are_means_over_their_steps(bench, no_report):
 def test_batches_by_tokens(bench, no_report, pairs):
     policy, config = bench.policy(), bench.config("out", batch_tokens=400, epochs=1)
     plan = make_plan(policy, pairs, config)
-    groups = [group for _, group in _step_groups(plan.encoded, plan.train, config)]
+    groups = [group for _, group in step_groups(plan.encoded, plan.train, config)]
     assert sorted(i for group in groups for i in group) == sorted(plan.train)
 
     def tokens(i):
@@ -476,7 +476,7 @@ def test_batches_by_tokens(bench, no_report, pairs):
 def test_every_epoch_has_its_own_order(bench, pairs):
     config = bench.config("out")
     plan = make_plan(bench.policy(), pairs, config)
-    groups = [group for _, group in _step_groups(plan.encoded, plan.train, config)]
+    groups = [group for _, group in step_groups(plan.encoded, plan.train, config)]
     first, second = ([i for group in half for i in group] for half in (groups[:3], groups[3:]))
     assert sorted(first) == sorted(second) == sorted(plan.train) and first != second
     assert not set(plan.train) & set(plan.held_out)

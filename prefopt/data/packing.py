@@ -68,13 +68,16 @@ class Batch:
     def split(self, max_tokens: int) -> list[Batch]:
         """The same groups in smaller batches of at most ``max_tokens`` tokens."""
         parts = pack(self.encoded, max_tokens=max_tokens, layout=self.layout)
-        device, result, start = self.input_ids.device, [], 0
+        result, token, response = [], 0, 0
         for part in parts:
-            end = start + len(part.targets)
-            if self.ref_logprobs is not None:
-                part = replace(part, ref_logprobs=self.ref_logprobs[start:end])
-            result.append(part.to(device))
-            start = end
+            tokens = slice(token, token := token + len(part.targets))
+            responses = slice(response, response := response + part.num_responses)
+            part = replace(
+                part.to(self.input_ids.device),
+                ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[tokens],
+                weights=None if self.weights is None else self.weights[responses],
+            )
+            result.append(part)
         return result
 
 
@@ -144,7 +147,7 @@ def _build(items: list[Encoded], layout: Layout) -> Batch:
             targets.append(response)
             lengths.append(len(response))
 
-    weights = [item.weight for item in items for _ in item.responses]
+    weights = [float(item.weight) for item in items for _ in item.responses]
     return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),

@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = dispatch.mm_nt(g, weight.t()).view(*grad.shape[:-1], -1)
+            dx = dispatch.mm_nt(g, weight.t()).view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             dw = dispatch.mm_nt(g.t(), x.t())
         if ctx.needs_input_grad[2]:

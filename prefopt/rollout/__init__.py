@@ -1,0 +1,1 @@
+"""Responses from a model: prompts in, text or tokens out."""

@@ -1,0 +1,92 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from prefopt.config import TrainConfig, default_cache
+from prefopt.nn.lora_linear import LoraConfig
+
+if TYPE_CHECKING:
+    from prefopt.policy import Policy
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line to the terminal; plain where stdout is not one."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text, style=style, markup=False)
+
+
+def describe(policy: Policy, lora: LoraConfig | None) -> None:
+    """Which parameters train, on what, in which layout."""
+    dtype = str(policy.dtype).removeprefix("torch.")
+    say(f"{policy.base}: {policy.model.config.model_type}, {dtype} on {policy.device}")
+    for line in policy.lora_report.lines() if policy.lora_report else ():
+        say(line)
+    if policy.adapter is None:
+        say(f"training all {sum(p.numel() for _, p in policy.trainable()):,} weights")
+    elif policy.lora_report is None:
+        say("training the adapter of --model further; the reference is a frozen copy of it")
+    if policy.layout_reason:
+        say(f"prompts are not shared between responses: {policy.layout_reason}")
+
+
+def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> None:
+    """What a run would do, and the first pair as the model sees it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from prefopt.data.encode import preview
+
+    say(f"template: {plan.encoded.template}")
+    for name, count in plan.encoded.counts.items():
+        if count:
+            say(f"{name}: {count:,}")
+    tokens = [len(e.prompt) + sum(map(len, e.responses)) for e in plan.encoded]
+    say(
+        f"{len(plan.train):,} pairs to train on, {len(plan.held_out):,} held out; "
+        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens a pair, at most "
+        f"{max(tokens)}"
+    )
+    cache = config.cache or default_cache()
+    say(f"reference log-probs in {cache}; run folder {config.out} (not written: --dry_run)")
+    style = {"prompt": "dim", "response": "green", "eos": "bold magenta", "truncated": "bold red"}
+    console = Console(highlight=False, soft_wrap=True)
+    for kind, text in preview(plan.encoded[plan.train[0]], policy.tokenizer):
+        console.print(Text(f"{kind:>9}  "), Text(repr(text), style=style.get(kind, "")), sep="")
+
+
+def finish(run: Any) -> None:
+    """The last lines: what came out and what to do with it."""
+    if run.stopped:
+        latest = run.dir / "checkpoints" / "latest"
+        where = latest.read_text().strip() if latest.exists() else "the first step"
+        say(f"stopped; --resume auto continues from {where}")
+        return
+    known = json.loads((run.dir / "evaluation.json").read_text()) if has_evaluation(run) else {}
+    for stage in ("before", "after"):
+        if stage in known:
+            say(f"{stage:>6}: {summary_line(known[stage])}")
+    say(f"model:  {run.dir / 'model'}")
+    say(f"report: {run.dir / 'report.html'}")
+
+
+def has_evaluation(run: Any) -> bool:
+    return (run.dir / "evaluation.json").is_file()
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """Accuracy and margin of a preference evaluation, with intervals."""
+    n, ties = summary["n"], summary["ties"]
+    if ties == n:
+        return f"policy = reference: all margins are 0 ({n} pair{'s' * (n > 1)})"
+    text = f"accuracy {summary['accuracy']:.1%}"
+    if summary["accuracy_low"] is not None:
+        text += f" [{summary['accuracy_low']:.1%}, {summary['accuracy_high']:.1%}]"
+    text += f", margin {summary['margin_mean']:.3f}"
+    if summary["margin_low"] is None:
+        return f"{text} ({n} pair{'s' * (n > 1)} of one prompt)"
+    text += f" [{summary['margin_low']:.3f}, {summary['margin_high']:.3f}]"
+    return f"{text} ({n} pairs, 95% intervals over {summary['prompts']} prompts)"
