@@ -34,7 +34,7 @@ NAME = "prefopt"
 QUERY_BLOCK = 128  # bounds the scores in memory to [H, 128, M]
 # Of what models hand over, what changes the result: sinks, biases, chosen keys.
 REFUSED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
-asked_windows: set[int | None] = set()  # of all masks that models asked for: see Runs.windows
+asked_windows: set[int] = set()  # of all masks that models asked for: see Runs.windows
 
 
 class Runs:
@@ -262,7 +262,8 @@ def register() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def no_mask(*args, local_size: int | None = None, **kwargs) -> None:
-        asked_windows.add(local_size)
+        if local_size:
+            asked_windows.add(local_size)
 
     AttentionInterface.register(NAME, run_attention)
     AttentionMaskInterface.register(NAME, no_mask)

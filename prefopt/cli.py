@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from prefopt import __version__, commands
+from prefopt import __version__, cache_commands, commands
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_linear import LoraConfig
@@ -29,9 +29,9 @@ COMMANDS: dict[str, Command] = {
     "env": commands.env,
 }
 CACHE_COMMANDS: dict[str, Command] = {
-    "build": commands.cache_build,
-    "info": commands.cache_info,
-    "verify": commands.cache_verify,
+    "build": cache_commands.build,
+    "info": cache_commands.info,
+    "verify": cache_commands.verify_all,
 }
 
 
@@ -110,7 +110,7 @@ def command_parser(function: Command) -> ArgumentParser:
     for action in parser._actions:
         if action.dest in BARE_FLAGS:  # `--quiet` is `--quiet true`
             action.nargs, action.const = "?", True
-        if action.dest == "out" and function is commands.cache_build:
+        if action.dest == "out" and function is cache_commands.build:
             action.required, action.default = False, ""
             action.help = "not written; taken, so that the flags of dpo can stay."
     return parser

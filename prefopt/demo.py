@@ -27,7 +27,7 @@ from prefopt.report import write_report
 from prefopt.rundir import RunDir
 from prefopt.train import train
 
-SETTINGS: dict[str, Any] = {"lr": 5e-4, "max_length": 256, "save_every": 0}
+SETTINGS: dict[str, Any] = {"lr": 3e-4, "max_length": 256, "save_every": 0}
 BETA = 0.1
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import importlib.util
-import os
-import sys
 
 import torch
 from torch import Tensor
@@ -49,20 +45,6 @@ def onednn_gemm() -> bool:
         return bool((_onednn(x, x, None) == 2).all())
     except (AttributeError, RuntimeError):
         return False
-
-
-@functools.cache
-def keep_cpu_memory_low() -> None:
-    """Two settings of this process for training on the CPU, where tensor sizes keep changing.
-
-    glibc keeps freed blocks below a threshold that grows to 32 MiB, and the heap fragments; above
-    a fixed 1 MiB they go back to the system. oneDNN keeps up to 1,024 compiled kernels, one per
-    shape; 128 cover a step. Together 15% to 25% less peak memory, no slower (docs/design.md).
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read at oneDNN's first use
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

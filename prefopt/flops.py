@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from prefopt.data.packing import Batch
-from prefopt.policy import Policy
+from prefopt.policy import REFERENCE, Policy
 
 
 def useful_flops(policy: Policy, batch: Batch, *, backward: bool) -> float:
     """FLOPs of the matrix products of one forward, or of forward and backward.
 
     Per token 2 FLOPs per weight and pass: forward, the gradient of the activations and, where the
-    weight trains, its own. Each prompt counts once and the head counts on scored rows only;
-    attention scores (under 5% at preference lengths) are left out.
+    weight trains, its own. Each prompt counts once, the head counts on scored rows only, of a layer
+    of experts (weights [experts, out, in]) those that a token is sent to; attention scores (under
+    5% at preference lengths) are left out.
     """
-    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
-    skip = {id(head.weight), id(embedding.weight)}
+    head, config = policy.model.get_output_embeddings(), policy.model.config.get_text_config()
+    tables = (m.weight for m in policy.model.modules() if isinstance(m, nn.Embedding))
+    skip = {id(head.weight), *map(id, tables)}
+    chosen = getattr(config, "num_experts_per_tok", None)
+    body = 0.0
+    for name, p in policy.model.named_parameters():
+        if p.dim() not in (2, 3) or id(p) in skip or name.endswith(f".{REFERENCE}"):
+            continue  # the reference copy of an adapter takes turns with it
+        share = chosen / len(p) if chosen and p.dim() == 3 else 1.0
+        body += share * p.numel() * (1 + backward * (1 + p.requires_grad))
     tokens = sum(len(e.prompt) + sum(len(r) - 1 for r in e.responses) for e in batch.encoded)
-    body = sum(
-        p.numel() * (1 + backward * (1 + p.requires_grad))
-        for p in policy.model.parameters()
-        if p.dim() == 2 and id(p) not in skip
-    )
     scored = head.weight.numel() * (1 + backward * (1 + head.weight.requires_grad))
     return 2.0 * (tokens * body + len(batch.targets) * scored)

@@ -79,7 +79,7 @@ def pick_device(device: str) -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"there is no device {device!r} here: {_first_line(error)}") from None
+            raise InputError(f"there is no device {device!r} here: {first_line(error)}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.xpu.is_available():
@@ -108,22 +108,23 @@ def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except Exception as error:  # a damaged file raises whatever its parser likes
-        raise InputError(f"cannot load a tokenizer from {base}: {_first_line(error)}") from None
+        raise InputError(f"cannot load a tokenizer from {base}: {first_line(error)}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, output_loading_info=True
             )
+            model, info = loaded
     except Exception as error:
-        raise InputError(f"cannot load a model from {base}: {_first_line(error)}") from None
+        raise InputError(f"cannot load a model from {base}: {first_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
     return model.to(device), tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -133,10 +134,10 @@ def backbone(model: Any) -> Any:
 
 
 @torch.no_grad()
-def head_options(model: Any) -> dict[str, float]:
+def head_options(model: Any) -> dict[str, Any]:
     """Softcap and scale between hidden states and logits, checked against the model's logits."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
         if getattr(config, name, None):
             options["softcap"] = getattr(config, name)

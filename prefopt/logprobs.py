@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from prefopt import dispatch
 
-WORKSPACE_BYTES = {"cpu": 32 << 20}  # for the logits of one chunk; other devices: 256 MiB
+WORKSPACE_BYTES = {"cpu": 16 << 20}  # for the logits of one chunk; other devices: 256 MiB
 
 
 class _Head(NamedTuple):

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, dispatch, durable, loading
-from prefopt.attention import Runs
-from prefopt.data.encode import Encoded, encode_prompts
-from prefopt.data.packing import Batch, pack
+from prefopt import attention, durable, loading, sharing
+from prefopt.attention import NAME, Runs
+from prefopt.data.encode import encode_prompts
+from prefopt.data.packing import Batch, Layout
 from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
@@ -50,11 +49,19 @@ class Policy(nn.Module):
         self.lora_report = None
         loading.remove_dropout(model)
         if next(model.parameters()).device.type == "cpu":
-            dispatch.keep_cpu_memory_low()
             use_onednn(model)
+        own = model.config._attn_implementation
+        self._own_attention = "sdpa" if own == NAME else own  # a model that was a policy's before
+        self.attend(self._own_attention)
         self._head_options = loading.head_options(model)
-        self._own_attention = model.config._attn_implementation
-        self.layout_reason = self._choose_layout(attention)
+        self.head_size = 0  # of the largest attention head
+        self.layout_reason: str | None = None
+        if attention not in ("auto", "padded"):
+            raise InputError(f"attention is 'auto' or 'padded', not {attention!r}")
+        asked = "attention='padded' was asked for" if attention == "padded" else None
+        self.layout_reason = asked or sharing.why_not(self)
+        if self.layout_reason:
+            self.attend(self._own_attention)
         self._key_cache: tuple[int, dict[str, str]] | None = None
 
     @classmethod
@@ -79,9 +86,7 @@ class Policy(nn.Module):
         source, where = loading.resolve(path), loading.pick_device(device)
         if source.adapter is not None and lora is not None:
             raise InputError(f"{path} is an adapter already; give lora=None to train it further")
-        model, tokenizer = loading.load_model(
-            source.base, loading.pick_dtype(dtype, where), where
-        )
+        model, tokenizer = loading.load_model(source.base, loading.pick_dtype(dtype, where), where)
         policy = cls(model, tokenizer, base=source.base, attention=attention)
         if source.adapter is not None:
             load_adapter(model, source.adapter, ADAPTER)
@@ -103,7 +108,7 @@ class Policy(nn.Module):
         return next(self.model.parameters()).device
 
     @property
-    def layout(self) -> str:
+    def layout(self) -> Layout:
         return "shared" if self.layout_reason is None else "padded"
 
     @property
@@ -111,7 +116,7 @@ class Policy(nn.Module):
         """What attention computes with; part of the key of cached reference log-probs."""
         if self.layout == "padded":
             return f"padded-{self._own_attention}"
-        probe = torch.empty(0, self._head_size, dtype=self.autocast or self.dtype)
+        probe = torch.empty(0, self.head_size, dtype=self.autocast or self.dtype)
         obstacle = attention.varlen_obstacle(probe.to(self.device))
         return "shared-runs" if obstacle else "shared-varlen"
 
@@ -133,13 +138,13 @@ class Policy(nn.Module):
         if batch.layout == "shared":
             if self.layout == "padded":
                 raise InputError(f"this model needs pack(layout='padded'): {self.layout_reason}")
-            self._attend(attention.NAME)
+            self.attend(NAME)
             runs = Runs(batch.segments, ids.device)
             ids, positions = (_round_up(x, 32)[None] for x in (batch.input_ids, batch.position_ids))
             out = backbone(ids, position_ids=positions, segments=runs, use_cache=False)
             return out.last_hidden_state
         # Padding stands behind each row, where causal attention never looks: no mask is needed.
-        self._attend(self._own_attention)
+        self.attend(self._own_attention)
         return backbone(ids, use_cache=False).last_hidden_state
 
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,15 +154,17 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         if not isinstance(head, LoraLinear) or head.merged:
             return hidden, head.weight, head.bias
-        on = head.active in head.scaling
-        name = head.active if on else next(iter(head.scaling))
+        name, on = head.active, head.active in head.scaling
+        if name is None or not on:
+            name = next(iter(head.scaling))
         dropped = nn.functional.dropout(hidden, head.configs[name].dropout, head.training and on)
         low = dropped @ head.A[name].to(hidden).t() * (head.scaling[name] if on else 0.0)
         weight = torch.cat([head.weight, head.B[name].to(head.weight)], 1)
         return torch.cat([hidden, low], 1), weight, head.bias
 
-    def _attend(self, implementation: str) -> None:
-        """Left as it is afterwards: gradient checkpointing runs forward again in backward."""
+    def attend(self, implementation: str) -> None:
+        """Compute attention so from now on: not switched back after a forward, because gradient
+        checkpointing runs it again in backward."""
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
 
@@ -165,56 +172,11 @@ class Policy(nn.Module):
     def _plain_attention(self) -> Iterator[None]:
         """transformers' own attention and masks, for what is not a Batch."""
         before = self.model.config._attn_implementation
-        self._attend(self._own_attention)
+        self.attend(self._own_attention)
         try:
             yield
         finally:
-            self._attend(before)
-
-    def _choose_layout(self, wish: str) -> str | None:
-        """Try prefix sharing on a few tokens; None if it is exact, else why it is not used."""
-        if wish not in ("auto", "padded"):
-            raise InputError(f"attention is 'auto' or 'padded', not {wish!r}")
-        if wish == "padded":
-            return "attention='padded' was asked for"
-        kind = self.model.config.model_type
-        if not getattr(self.model, "_supports_attention_backend", False):
-            return f"{kind} models take no attention function from outside"
-        self.layout_reason: str | None = None
-        try:
-            self._attend(attention.register())
-            reason = self._probe_sharing()
-        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{kind} failed with a shared prompt: {str(error).splitlines()[0]}"
-        if reason:
-            self._attend(self._own_attention)
-        return reason
-
-    @torch.no_grad()
-    def _probe_sharing(self) -> str | None:
-        config = self.model.config.get_text_config()
-        ids = (np.arange(12, dtype=np.int32) * 7 + 3) % config.vocab_size
-        group = Encoded(prompt=ids[:5], responses=(ids[5:9], ids[8:12]), index=0)
-        shared, padded = (
-            next(iter(pack([group], max_tokens=64, layout=how))).to(self.device)
-            for how in ("shared", "padded")
-        )
-        runs = Runs(shared.segments, self.device)
-        attention.asked_windows.clear()
-        loading.backbone(self.model)(
-            shared.input_ids[None], position_ids=shared.position_ids[None], segments=runs,
-            use_cache=False,
-        )  # fmt: skip
-        self._head_size = runs.head_size
-        kind, layers = config.model_type, config.num_hidden_layers
-        if runs.calls != layers:
-            return f"{kind} has {layers} layers and called {runs.calls} times for attention"
-        if windows := attention.asked_windows - runs.windows - {None}:
-            return f"{kind} limits attention to {max(windows)} tokens in a mask of its own"
-        difference = (self(shared) - self(padded)).abs().max().item()
-        if difference > {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.dtype, 0.25):
-            return f"log-probs under a shared prompt differ by {difference:.2g} in {kind}"
-        return None
+            self.attend(before)
 
     # -- the reference
 
@@ -245,7 +207,8 @@ class Policy(nn.Module):
             digest = hashlib.sha256()
             for name, tensor in tensors:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
             for path, layer in lora_module.lora_layers(self.model):
                 if REFERENCE in layer.scaling:  # the same A and B with another alpha differ
                     digest.update(f"{path} {layer.scaling[REFERENCE]}\n".encode())

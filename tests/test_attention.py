@@ -147,12 +147,28 @@ def test_error_against_float64(dtype, bound, softcap):
     table = segments((150, 140, 90), (20, 300, 7))
     qkv = inputs(table, 4, 2, 16, dtype, seed=1)
     got = value_and_gradients(shared, qkv, table, window=100, softcap=softcap)
-    want = value_and_gradients(
-        dense, [x.double() for x in qkv], table, window=100, softcap=softcap
-    )
+    want = value_and_gradients(dense, [x.double() for x in qkv], table, window=100, softcap=softcap)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == dtype
         assert (a.double() - b).norm() / b.norm() < bound
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_autocast_computes_what_16_bit_inputs_give(softcap):
+    """To the last bit: the scores are float32 there too. Models hand over float32 queries with
+    bfloat16 values, as rotations are in float32."""
+    table = segments((20, 30, 9))
+    q, k, v = inputs(table, 4, 2, 16, torch.float32)
+    rounded = [x.bfloat16() for x in (q, k, v)]
+    want = value_and_gradients(shared, rounded, table, window=7, softcap=softcap)
+
+    def under_autocast(*qkv):
+        with torch.autocast("cpu", torch.bfloat16):
+            return shared(*qkv, table, window=7, softcap=softcap)
+
+    got = value_and_gradients(under_autocast, [q, k, rounded[2]])
+    assert [x.dtype for x in got] == [torch.bfloat16, q.dtype, q.dtype, torch.bfloat16]
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(got, want, strict=True))
 
 
 def test_huge_scores_stay_finite():
@@ -203,17 +219,20 @@ def varlen_reference(
     groups=groups_of_runs,
     heads=st.sampled_from([(2, 2), (4, 2)]),
     window=st.none() | st.integers(1, 20),
+    special=st.sampled_from([{}, {}, {"softcap": 2.0}, {"e": 3}]),
 )
-def test_the_varlen_call_equals_a_dense_mask(groups, heads, window):
+def test_the_varlen_call_equals_a_dense_mask(groups, heads, window, special):
     """The gathered rows, the offsets and the window handed to the kernel, with the kernel's
-    semantics emulated: what differs on a GPU is then the kernel alone."""
+    semantics emulated: what differs on a GPU is then the kernel alone. A softcap, or values of
+    another size than keys, it does not take."""
     table = segments(*groups)
-    qkv = inputs(table, *heads)
+    softcap = special.get("softcap")
+    qkv = inputs(table, *heads, e=special.get("e"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_varlen_attn", lambda: varlen_reference)
         patch.setattr(attention, "varlen_obstacle", lambda query: None)
-        got = value_and_gradients(shared, qkv, table, window=window)
-    want = value_and_gradients(dense, qkv, table, window=window)
+        got = value_and_gradients(shared, qkv, table, window=window, softcap=softcap)
+    want = value_and_gradients(dense, qkv, table, window=window, softcap=softcap)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.integrations import moe
 
 from prefopt import attention
 from prefopt.data.encode import Encoded
@@ -173,10 +174,11 @@ def test_layouts_agree_in_float32(name):
         assert logps < 1e-5 and gradient < 1e-5
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [n for n in (*SHARED, *PADDED) if n != "DiffLlama"])
 def test_layouts_agree_in_float64(name, monkeypatch):
     """What is left of a difference in float32 is rounding. Models compute norms, rotations and
-    softmax in float32 whatever their dtype is: here they are kept from it."""
+    softmax in float32 whatever their dtype is: here they are kept from it (DiffLlama cannot be: it
+    has a sum in float32)."""
     to, softmax = torch.Tensor.to, F.softmax
 
     def stay(x, *args, **kwargs):
@@ -184,11 +186,12 @@ def test_layouts_agree_in_float64(name, monkeypatch):
             return x
         return to(x, *args, **kwargs)
 
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)  # it takes no float64
     monkeypatch.setattr(torch.Tensor, "to", stay)
     monkeypatch.setattr(torch.Tensor, "float", lambda x: stay(x, torch.float32))
     monkeypatch.setattr(F, "softmax", lambda x, *a, dtype=None, **more: softmax(x, *a, **more))
     differences = compare(name, torch.float64)
-    assert len(differences) == 3
+    assert len(differences) == (3 if name in SHARED else 1)
     for logps, gradient in differences.values():
         assert logps < 1e-10 and gradient < 1e-10
 
@@ -254,11 +257,12 @@ def test_falls_back_to_padding_and_says_why(name):
     policy = Policy(build(name), None, base=name)
     assert policy.layout == "padded" and PADDED[name][2] in policy.layout_reason
     assert "\n" not in policy.layout_reason and policy.attention_class.startswith("padded-")
+    assert policy.model.config._attn_implementation != attention.NAME
     with pytest.raises(InputError, match="layout='padded'"):
         policy(batch_of("shared"))
     ((logps, gradient),) = compare(name, torch.float32).values()
-    assert logps < (3e-5 if name == "Qwen3Next" else 1e-5)
-    assert gradient < (1e-3 if name == "Qwen3Next" else 1e-5)
+    rounding = 100 if name == "Qwen3Next" else 1  # of its delta rule, see float64
+    assert logps < 1e-5 and gradient < 1e-5 * rounding
 
 
 @pytest.mark.parametrize("name", PADDED)

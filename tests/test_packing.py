@@ -16,9 +16,7 @@ from prefopt.data.packing import Batch, pack
 tokens = st.integers(0, 99)
 arrays = st.lists(tokens, min_size=1, max_size=8).map(lambda x: np.array(x, np.int32))
 responses = st.lists(arrays, min_size=1, max_size=4).map(tuple)
-groups = st.builds(
-    Encoded, arrays, responses, st.integers(0, 9), st.sampled_from([1.0, 0.5, 2.0])
-)
+groups = st.builds(Encoded, arrays, responses, st.integers(0, 9), st.sampled_from([1.0, 0.5, 2.0]))
 many = st.lists(groups, max_size=7)
 layouts = st.sampled_from(["shared", "padded"])
 budgets = st.integers(1, 60)
@@ -106,9 +104,7 @@ def test_split_keeps_everything(items, budget, smaller, layout):
         for name in ("targets", "ref_logprobs"):
             got = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(got, ref if name == "ref_logprobs" else batch.targets)
-        weights = [
-            torch.ones(p.num_responses) if p.weights is None else p.weights for p in parts
-        ]
+        weights = [torch.ones(p.num_responses) if p.weights is None else p.weights for p in parts]
         want = [item.weight for item in batch.encoded for _ in item.responses]
         assert torch.cat(weights).tolist() == want
         assert [e for part in parts for e in part.encoded] == list(batch.encoded)

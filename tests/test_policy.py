@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from prefopt import InputError, LoraConfig, Policy, encode_pairs, load_preferences, pack
 from prefopt.data.encode import Encoded
 from prefopt.data.records import Message
+from prefopt.flops import useful_flops
 from prefopt.nn.lora import adapter_names, adapters
 from prefopt.policy import REFERENCE
 
@@ -171,6 +172,13 @@ def test_lora_is_added_and_reported(llama):
     assert adapter_names(policy.model) == ["default"]  # it starts at zero: the base is reference
     assert policy.layout == "shared" and policy.layout_reason is None
     assert policy.attention_class == "shared-runs"
+
+
+def test_a_model_that_was_a_policys_before(llama):
+    first = load(llama)
+    second = Policy(first.model, first.tokenizer, base=first.base)
+    assert second.layout == "shared" and torch.equal(scored(second), scored(first))
+    assert near(second(batch_of(second, "padded")), scored(first))
 
 
 def test_without_lora_every_weight_trains(llama):
@@ -665,6 +673,37 @@ def test_messages_and_empty_prompts(llama):
     assert (got.text, got.finish) == want
     with pytest.raises(InputError, match="Prompt 1 is empty"):
         policy.generate(["w3", ""], template="plain")
+
+
+# -- how much work a batch is
+
+
+def test_useful_flops(llama, tied, tmp_path):
+    """Two per weight and token, the head where it scores; thrice where a weight trains."""
+    tokens, targets = 11 + 8 + 3 + 3 + 0 + 11, 9 + 4 + 1 + 12
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
+    forward = 2 * (tokens * 2 * layer + targets * V * 32)
+    for folder in (llama, tied):
+        policy = load(folder)
+        batch = batch_of(policy)
+        assert useful_flops(policy, batch, backward=False) == forward
+        assert useful_flops(policy, batch, backward=True) == 3 * forward
+        padded = batch_of(policy, "padded")
+        assert useful_flops(policy, padded, backward=True) == 3 * forward
+    adapter = 4 * 2 * (4 * 64 - 2 * 16 + 3 * 80)  # r (in + out): attention, MLP
+    policy = load(llama, LORA)
+    assert useful_flops(policy, batch, backward=False) == forward + 2 * tokens * adapter
+    assert useful_flops(policy, batch, backward=True) == 2 * forward + 6 * tokens * adapter
+    move(policy).save_pretrained(tmp_path / "adapter")
+    again = load(tmp_path / "adapter")
+    assert useful_flops(again, batch, backward=True) == 2 * forward + 6 * tokens * adapter
+
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = load(write_model(tmp_path / "experts", "Mixtral", **options))
+    layer += 3 * 32 * 48 + 4 * 32  # two experts of the four, and the router
+    assert useful_flops(experts, batch, backward=False) == 2 * (
+        tokens * 2 * layer + targets * V * 32
+    )
 
 
 # -- real input, and a GPU

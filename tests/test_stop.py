@@ -108,7 +108,8 @@ def whole(go, tmp_path_factory):
 
 @contextlib.contextmanager
 def sigterm_at(phase, count):
-    """Sends it as a phase begins for the ``count``-th time; ("step", n): when step n is done."""
+    """Sends it as a phase begins for the ``count``-th time; ("step", n): when step n is done;
+    ("evaluated", n): when the n-th evaluation is."""
     seen, real_phase, real_update = [], Progress.phase, Progress.update
 
     def began(self, name, total):
@@ -119,6 +120,8 @@ def sigterm_at(phase, count):
 
     def updated(self, step, metrics=None):
         if phase == "step" and seen[-1] == "train" and step == count:
+            terminate()
+        if phase == "evaluated" and seen[-1] == "evaluate" and seen.count("evaluate") == count:
             terminate()
         real_update(self, step, metrics)
 
@@ -147,8 +150,10 @@ def check_same(run: Run, whole: Run):
         ("step", 1, 1),
         ("step", 3, 3),  # and with it the evaluation after the first epoch
         ("evaluate", 2, 3),
+        ("evaluated", 2, 3),
         ("step", 6, 6),
         ("evaluate", 3, 6),  # after
+        ("evaluated", 3, 6),
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(

@@ -123,7 +123,10 @@ def test_the_run_folder_holds_what_it_should(finished):
     assert report["encoding"]["train pairs"] + report["encoding"]["held-out pairs"] == 24
     assert report["reference"]["responses computed"] == 48
     assert "torch" in json.loads((finished.dir / "env.json").read_text())
-    assert "</html>" in (finished.dir / "report.html").read_text()
+    page = (finished.dir / "report.html").read_bytes()
+    assert b"</html>" in page
+    assert finished.report() == finished.dir / "report.html" and not finished.stopped
+    assert (finished.dir / "report.html").read_bytes() == page
 
 
 def test_the_first_loss_is_ln_2_and_all_margins_are_0(finished):
@@ -323,6 +326,16 @@ def test_resuming_is_exact_in_16_bits(bench, no_report, lora, changes):
     check_resumption(bench, (2, 5), lora, **changes)
 
 
+def test_the_loss_scale_goes_on_where_it_was(bench, no_report, monkeypatch):
+    """The first step overflows at 2**40; a scale that was forgotten would overflow again."""
+
+    def high(*_):
+        return torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-24)
+
+    monkeypatch.setattr(sys.modules["prefopt.train"], "make_scaler", high)
+    check_resumption(bench, (1, 3), LORA, dtype="float16")
+
+
 def test_an_explicit_checkpoint_of_another_folder(bench, no_report):
     whole = bench.run("whole", save_every=2)
     path = whole.dir / "checkpoints" / "step-000004"
@@ -478,7 +491,11 @@ def test_every_epoch_has_its_own_order(bench, pairs):
     plan = make_plan(bench.policy(), pairs, config)
     groups = [group for _, group in step_groups(plan.encoded, plan.train, config)]
     first, second = ([i for group in half for i in group] for half in (groups[:3], groups[3:]))
-    assert sorted(first) == sorted(second) == sorted(plan.train) and first != second
+    in_order = sorted(plan.train)
+    assert sorted(first) == sorted(second) == in_order
+    assert first != second and first != in_order != second
+    other = step_groups(plan.encoded, plan.train, replace(config, seed=1))
+    assert [i for _, group in other for i in group] != first + second
     assert not set(plan.train) & set(plan.held_out)
 
 
@@ -540,6 +557,26 @@ def test_a_diverging_run_stops_before_the_step(bench, monkeypatch):
     out = bench.root / "out"
     assert (out / "report.html").exists() and not (out / "model").exists()
     assert list((out / "checkpoints").glob("step-*"))
+
+
+# -- real pairs, on a real pretrained model
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=8), None], ids=["lora", "full"])
+def test_real_pairs_on_a_real_model(hh_path, stories_path, no_report, tmp_path, lora):
+    pairs = list(load_preferences(hh_path)[:16])
+    torch.manual_seed(0)
+    policy = Policy.from_pretrained(stories_path, lora=lora)
+    config = TrainConfig(
+        str(tmp_path / "out"), lr=2e-3 if lora else 2e-4, epochs=3, eval_fraction=0.2, samples=0,
+        save_every=0, warmup=0.0, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    run = train(DPO(), policy, pairs, config, quiet=True)
+    before, first, *_, last, _ = run.metrics
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == 0 == before["eval_rewards/margins"]
+    assert last["loss"] < 0.66 and last["rewards/margins"] > 0.05
+    assert last["rewards/accuracies"] > 0.8
 
 
 # -- bad input leaves nothing behind
