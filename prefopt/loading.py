@@ -220,3 +220,8 @@ def copy_tokenizer(base: str, tokenizer: Any, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     if not files:
         tokenizer.save_pretrained(folder)
+
+
+def absolute(base: str) -> str:
+    """A local model folder by its absolute path, so that an adapter finds it from anywhere."""
+    return str(Path(base).absolute()) if Path(base).is_dir() else base

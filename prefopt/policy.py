@@ -28,6 +28,7 @@ from prefopt.nn import lora as lora_module
 from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, LoraLinear
 from prefopt.nn.peft_format import load_adapter, save_adapter
+from prefopt.nn.swiglu import use_lean_swiglu
 from prefopt.rollout.hf import Generation, generate
 
 ADAPTER, REFERENCE = "default", "reference"
@@ -48,6 +49,7 @@ class Policy(nn.Module):
         self.adapter: str | None = None
         self.lora_report = None
         loading.remove_dropout(model)
+        use_lean_swiglu(model)
         if next(model.parameters()).device.type == "cpu":
             use_onednn(model)
         own = model.config._attn_implementation
@@ -87,7 +89,7 @@ class Policy(nn.Module):
         if source.adapter is not None and lora is not None:
             raise InputError(f"{path} is an adapter already; give lora=None to train it further")
         model, tokenizer = loading.load_model(source.base, loading.pick_dtype(dtype, where), where)
-        policy = cls(model, tokenizer, base=source.base, attention=attention)
+        policy = cls(model, tokenizer, base=loading.absolute(source.base), attention=attention)
         if source.adapter is not None:
             load_adapter(model, source.adapter, ADAPTER)
             policy._adapter_added()
