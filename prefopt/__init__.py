@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "InputError": "errors",
     "token_logprobs": "logprobs",
+    "token_logprobs_and_reference": "logprobs",
+    "shard_statistics": "logprobs",
+    "join_shards": "logprobs",
     "gather_logprobs": "logprobs",
     "sequence_logprobs": "logprobs",
     "losses": "losses",
@@ -60,8 +63,11 @@ if TYPE_CHECKING:
     from prefopt.errors import InputError as InputError
     from prefopt.evaluate import evaluate as evaluate
     from prefopt.logprobs import gather_logprobs as gather_logprobs
+    from prefopt.logprobs import join_shards as join_shards
     from prefopt.logprobs import sequence_logprobs as sequence_logprobs
+    from prefopt.logprobs import shard_statistics as shard_statistics
     from prefopt.logprobs import token_logprobs as token_logprobs
+    from prefopt.logprobs import token_logprobs_and_reference as token_logprobs_and_reference
     from prefopt.losses import LOSSES as LOSSES
     from prefopt.losses import PairLogps as PairLogps
     from prefopt.losses import loss_from as loss_from

@@ -1,35 +1,26 @@
 """Hidden states or logits -> log-probs of given tokens, without keeping ``[N, V]``.
 
-This file is the specification: plain torch, chunked over rows so that the logits in memory never
-exceed a fixed workspace. Two backward passes (docs/design.md has the derivations):
-
-- *unit*, when the head is frozen: d log p(y) / d h = W[y] - softmax(z) @ W needs nothing from
-  upstream, so the forward forms it while the logits are at hand. 4 N D V flops in all.
-- *recompute*, when the head trains or the entropy is wanted: the logits are formed again.
+With t the target's logit and l the log-sum-exp of all *other* logits, log p = logsigmoid(t - l):
+exact also where p is nearly 1, and its gradient 1 - p comes out without a subtraction. Everything
+here is that formula, around `fold_vocabulary`, which forms t and l tile by tile.
 
 z = cap(scale * (h @ W.T + bias)) / temperature, cap(x) = softcap * tanh(x / softcap).
-Shapes: N rows, D hidden size, V vocabulary, R responses, C rows of one chunk.
+Shapes: N rows, D hidden size, V vocabulary, R responses.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
-from prefopt import dispatch
-
-WORKSPACE_BYTES = {"cpu": 16 << 20}  # for the logits of one chunk; other devices: 256 MiB
-
-
-class _Head(NamedTuple):
-    """What turns hidden states into logits, besides the weight."""
-
-    temperature: float
-    softcap: float | None
-    scale: float
+from prefopt import dispatch, tiles
+from prefopt.folding import Folded, fold_vocabulary
+from prefopt.tiles import Head
 
 
 def token_logprobs(
@@ -50,189 +41,144 @@ def token_logprobs(
     float32, or float64 for float64 input. 16-bit inputs are multiplied in their own precision and
     accumulated in float32; the target's logit is formed again in float32, because rounding that
     one number would move the sum over a response by 0.1 nats and more.
+
+    impl: "torch", "triton" (cuBLAS tiles and fold kernels), "fused" (one kernel whose rows do not
+    depend on the batch they stand in, bit for bit) or "auto"; `dispatch.why_not` explains it.
     """
+    _check(hidden, weight, targets)
+    head = Head(scale, softcap, temperature)
+    folded = fold_vocabulary(
+        hidden, weight, targets, bias=bias, head=head, entropy=entropy, impl=impl
+    )
+    logps = logsigmoid(folded.target - folded.lse)
+    return (logps, _entropy(folded)) if entropy else logps
+
+
+def token_logprobs_and_reference(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """token_logprobs of a policy and of its reference, which share the head, in the same products.
+
+    hidden, ref_hidden [N, D] -> [N], [N]; the second takes no gradient.
+    """
+    _check(hidden, weight, targets)
+    assert ref_hidden.shape == hidden.shape, (ref_hidden.shape, hidden.shape)
+    head = Head(scale, softcap, temperature)
+    folded = fold_vocabulary(
+        hidden, weight, targets, bias=bias, head=head, ref_hidden=ref_hidden.detach(), impl=impl
+    )
+    assert folded.ref_target is not None and folded.ref_lse is not None
+    logps = logsigmoid(folded.target - folded.lse)
+    return logps, logsigmoid(folded.ref_target - folded.ref_lse)
+
+
+def shard_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    entropy: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """What rows start : start + len(weight) of a head, split by vocabulary, know about each token.
+
+    -> [2, N], or [3, N] with entropy: the target's logit (0 where another shard has it), the
+    log-sum-exp of this shard's other logits, and their entropy. Differentiable; `join_shards`
+    turns those of all shards into log-probs.
+    """
+    head = Head(scale, softcap, temperature)
+    folded = fold_vocabulary(
+        hidden, weight, targets - start, bias=bias, head=head, entropy=entropy, impl=impl
+    )
+    return torch.stack([x for x in folded[:3] if x is not None])
+
+
+def join_shards(statistics: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """The `shard_statistics` of all shards, in their order -> what token_logprobs returns."""
+    target, lse, *entropies = torch.stack(list(statistics), 1)
+    total = lse.logsumexp(0)
+    folded = Folded(target.sum(0), total, None, None, None)
+    logps = logsigmoid(folded.target - folded.lse)
+    if not entropies:
+        return logps
+    share = (lse - total).exp()
+    gap = torch.where(share > 0, total - lse, 0.0)  # a shard without weight may be inf away
+    return logps, _entropy(folded._replace(entropy=(share * (entropies[0] + gap)).sum(0)))
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
-    dispatch.choose("logprob", hidden.device, impl)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = _Head(temperature, softcap, scale)
-    with torch.autocast(device, enabled=False):
-        logps, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, head, entropy)
-    return (logps, entropies) if entropy else logps
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _entropy(folded: Folded) -> Tensor:
+    """Of two groups, the target with log-odds x and the others: both shares times their own."""
+    assert folded.entropy is not None
+    x = (folded.target - folded.lse).clamp(-100, 100)  # p log p is below 1e-40 beyond
+    log_p, log_q = logsigmoid(x), logsigmoid(-x)
+    return log_q.exp() * (folded.entropy - log_q) - log_p.exp() * log_p
 
 
-def _row_chunks(rows: int, columns: int, like: Tensor) -> range:
-    budget = WORKSPACE_BYTES.get(like.device.type, 256 << 20)
-    return range(0, rows, max(1, budget // (columns * _result_dtype(like).itemsize)))
+def gather_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(z)[targets] and optionally the entropy, for z = cap(logits) / temperature.
+
+    logits [..., V], targets [...] int64 -> [...] in nats, float32 (float64 for float64 input). A
+    target of -100 masks its row: 0, with a gradient of 0, whatever its logits are.
+    """
+    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
+    chosen = dispatch.choose("gather", logits.device, impl, logits.dtype)
+    ops = tiles if chosen == "torch" else dispatch.kernels("gather")
+    head = Head(1.0, softcap, temperature)
+    flat = logits.flatten(0, -2) if logits.dim() > 1 else logits[None]
+    logps, entropies = _Gather.apply(flat, targets.flatten(), head, entropy, ops)
+    logps = logps.view(targets.shape)
+    return (logps, entropies.view(targets.shape)) if entropy else logps
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, head: _Head):
-    """z [C, V] in the result dtype, and its derivative by the raw logit (None: a constant)."""
-    z = dispatch.mm_nt(h, weight).to(_result_dtype(h))
-    if h.dtype.itemsize == 2:
-        exact = (h.float() * weight[y].float()).sum(1, keepdim=True)
-        z.scatter_(1, y[:, None], exact)
-    if bias is not None:
-        z += bias
-    if head.scale != 1.0:
-        z *= head.scale
-    slope = None
-    if head.softcap is not None:
-        t = z.div_(head.softcap).tanh_()
-        slope = 1 - t * t
-        z = t * head.softcap
-    return (z.div_(head.temperature) if head.temperature != 1.0 else z), slope
-
-
-class _TokenLogprobs(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, head: _Head, entropy: bool):
-        trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        unit = ctx.needs_input_grad[0] and not trains_head and not entropy
-        n, out = len(targets), _result_dtype(hidden)
-        logps, lse = hidden.new_empty(n, dtype=out), hidden.new_empty(n, dtype=out)
-        entropies = hidden.new_empty(n if entropy else 0, dtype=out)
-        units = torch.empty_like(hidden, dtype=out) if unit else None  # rounded once, by backward
-        chunks = _row_chunks(n, len(weight), hidden)
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            y = targets[rows]
-            z, slope = _logits(hidden[rows], weight, bias, y, head)
-            top = z.amax(1, keepdim=True)
-            target_z = z.gather(1, y[:, None])
-            p = z.sub_(top).exp_() if not entropy else z.sub(top).exp_()
-            total = p.sum(1, keepdim=True)
-            log_total = total.log()
-            lse[rows] = (log_total + top)[:, 0]
-            logps[rows] = (target_z - top - log_total)[:, 0]
-            if entropy:
-                zp = torch.where(p > 0, z * p, 0).sum(1, keepdim=True)  # 0 log 0 = 0, also at -inf
-                entropies[rows] = (log_total + top - zp / total)[:, 0]
-            if units is not None:
-                units[rows] = _unit(p.div_(total), slope, weight, y, head)
-        ctx.unit, ctx.head, ctx.has_bias = unit, head, bias is not None
-        ctx.hidden_dtype = hidden.dtype
-        if unit:
-            ctx.save_for_backward(units)
-        elif any(ctx.needs_input_grad):
-            saved = (hidden, weight, targets, lse, entropies)
-            ctx.save_for_backward(*saved, *((bias,) if bias is not None else ()))
-        ctx.mark_non_differentiable(*(() if entropy else (entropies,)))
+    def forward(ctx: Any, logits, targets, head: Head, entropy: bool, ops):
+        options = head._asdict()
+        logps, lse, entropies = ops.gather_forward(logits, targets, entropy=entropy, **options)
+        if entropies is None:
+            entropies = lse[:0]
+            ctx.mark_non_differentiable(entropies)
+        ctx.options, ctx.ops, ctx.entropy = options, ops, entropy
+        ctx.save_for_backward(logits, targets, lse, entropies)
         return logps, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, g_entropy: Tensor):  # type: ignore[override]
-        if ctx.unit:
-            (units,) = ctx.saved_tensors
-            return ((units * g[:, None]).to(ctx.hidden_dtype), *(None,) * 5)
-        hidden, weight, targets, lse, entropies, *bias = ctx.saved_tensors
-        if not entropies.numel():
-            g_entropy = torch.zeros_like(g)
-        grads = _recompute_backward(
-            (hidden, weight, bias[0] if bias else None, targets, lse, entropies),
-            (g, g_entropy), ctx.head, ctx.needs_input_grad[:3],
-        )  # fmt: skip
-        return (*grads, None, None, None)
-
-
-def _unit(p, slope, weight, y, head: _Head) -> Tensor:
-    """d log p(y) / d h = c * (slope_y (1 - p_y) W[y] - sum_{k != y} slope_k p_k W[k]), [C, D].
-
-    c = scale / temperature. The target stays out of the matrix product: with p_y near 1 the two
-    terms would cancel in 16 bits, and 1 - p_y is exact as the sum of the others.
-    """
-    p.scatter_(1, y[:, None], 0)
-    own = p.sum(1, keepdim=True) * weight[y].to(p.dtype)
-    if slope is not None:
-        p, own = p.mul_(slope), own.mul_(slope.gather(1, y[:, None]))
-    others = dispatch.mm_nt(p.to(weight.dtype), weight.t()).to(p.dtype)
-    return own.sub_(others).mul_(head.scale / head.temperature)
-
-
-def _recompute_backward(saved, upstream, head: _Head, needs):
-    hidden, weight, bias, targets, lse, entropies = saved
-    wants_hidden, wants_weight, wants_bias = needs
-    out = _result_dtype(hidden)
-    d_hidden = torch.zeros_like(hidden) if wants_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=out) if wants_weight else None
-    d_bias = torch.zeros(len(weight), dtype=out, device=weight.device) if wants_bias else None
-    live = (upstream[0] != 0) | (upstream[1] != 0)  # a row without upstream gradient costs nothing
-    alive = live.nonzero()[:, 0] if hidden.device.type == "cpu" else None  # no sync elsewhere
-    count = len(targets) if alive is None else len(alive)
-    chunks = _row_chunks(count, len(weight), hidden)
-    for start in chunks:
-        end = min(start + chunks.step, count)
-        rows = slice(start, end) if alive is None else alive[start:end]
-        h, y, g, gh = hidden[rows], targets[rows], upstream[0][rows, None], upstream[1][rows, None]
-        z, slope = _logits(h, weight, bias, y, head)
-        logp = z - lse[rows, None]
-        p = logp.exp()
-        if entropies.numel():
-            # d H / d z = -p (log p + H), and p log p -> 0 where p = 0
-            dz = -p * (g + gh * (logp.clamp_min_(-1e30) + entropies[rows, None]))
+        logits, targets, lse, entropies = ctx.saved_tensors
+        if ctx.entropy:
+            entropy = {"entropies": entropies, "g_entropy": g_entropy.contiguous()}
         else:
-            dz = p.mul_(-g)
-        dz.scatter_add_(1, y[:, None], g.to(dz.dtype))
-        dz *= head.scale / head.temperature
-        if slope is not None:
-            dz *= slope
-        if d_bias is not None:
-            d_bias += dz.sum(0)
-        dz = dz.to(hidden.dtype)
-        if d_hidden is not None:
-            d_hidden[rows] = dispatch.mm_nt(dz, weight.t())
-        if d_weight is not None:
-            d_weight += dispatch.mm_nt(dz.t(), h.t())
-    return (
-        d_hidden,
-        d_weight.to(weight.dtype) if d_weight is not None else None,
-        d_bias.to(bias.dtype) if d_bias is not None else None,
-    )
-
-
-def gather_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, impl: str = "auto"
-) -> Tensor:
-    """log softmax(logits / temperature)[targets]: [..., V], [...] int64 -> [...], float32 or 64."""
-    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
-    dispatch.choose("gather", logits.device, impl)
-    flat = _GatherLogprobs.apply(logits.flatten(0, -2), targets.flatten(), temperature)
-    return flat.view(targets.shape)
-
-
-class _GatherLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits, targets, temperature: float):
-        n, out = len(targets), _result_dtype(logits)
-        lse = logits.new_empty(n, dtype=out)
-        chunks = _row_chunks(n, max(1, logits.shape[1]), logits)
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            lse[rows] = (logits[rows].to(out) / temperature).logsumexp(1)
-        ctx.save_for_backward(logits, targets, lse)
-        ctx.temperature = temperature
-        return logits.gather(1, targets[:, None])[:, 0].to(out) / temperature - lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor):  # type: ignore[override]
-        logits, targets, lse = ctx.saved_tensors
-        grad, t = torch.empty_like(logits), ctx.temperature
-        chunks = _row_chunks(len(targets), max(1, logits.shape[1]), logits)
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            dz = (logits[rows].to(lse.dtype) / t - lse[rows, None]).exp_().mul_(-g[rows, None])
-            dz.scatter_add_(1, targets[rows, None], g[rows, None])
-            grad[rows] = dz.div_(t)
-        return grad, None, None
+            entropy = {"entropies": None, "g_entropy": None}
+        upstream = {"g": g.contiguous(), **entropy, **ctx.options}
+        return ctx.ops.gather_backward(logits, targets, lse, **upstream), None, None, None, None
 
 
 def sequence_logprobs(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # closes. A package stands for all its modules.
 LAYERS = (
     ("errors", "durable"),
-    ("logprobs", "losses", "rl", "dispatch"),
+    ("logprobs", "folding", "tiles", "losses", "rl", "dispatch"),
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     ("attention", "loading", "sharing", "policy", "reference", "rollout", "checkpoint"),
     ("step",),
@@ -34,7 +34,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
     "errors": set(),
     "losses": {"torch", "prefopt.errors"},
-    "logprobs": {"torch", "prefopt.errors", "prefopt.dispatch"},
+    "tiles": {"torch"},
+    "folding": {"torch", "prefopt.dispatch", "prefopt.tiles"},
+    "logprobs": {"torch", "prefopt.dispatch", "prefopt.folding", "prefopt.tiles"},
     "rl": {"torch", "prefopt.errors"},
 }
 DATA_MAY_IMPORT = ("errors", "durable", "data")
@@ -197,6 +199,7 @@ def test_kernels_is_no_package_and_no_file_takes_a_librarys_name():
         ("losses", "def f():\n    from prefopt.policy import Policy", "stands above"),
         ("losses", "import numpy", "it may import"),
         ("logprobs", "from prefopt import durable", "it may import"),
+        ("folding", "from prefopt import losses", "it may import"),
         ("data.encode", "from ..policy import Policy", "stands above"),
         ("data.encode", "from prefopt.nn import lora", "data sees no model"),
         ("step", "from prefopt import train", "stands above"),
