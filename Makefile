@@ -1,5 +1,5 @@
 # demo: what the library does, on this machine     test: the whole suite
-# check: lint, format, types                       bench: the CPU figures of the README
+# check: lint, format, types, kernels compiled     bench: the CPU figures of the README
 # The environment is .venv; it is updated when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -26,9 +26,11 @@ check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	@$(BIN)/python -m prefopt_kernels.compile
 
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/bench_dpo_step.py $(HH)
+	@$(BIN)/python benchmarks/bench_logprob.py
 
 # Without an NVIDIA driver torch goes in first, as exactly the pinned version, from whichever of pip's
 # sources has a build for the CPU; left to the resolver it would bring gigabytes of CUDA libraries.

@@ -7,7 +7,10 @@ something else, wall seconds do.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import math
 import os
 import platform
 import resource
@@ -38,6 +41,17 @@ def peak_rss_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> int:
+    """Start `peak_rss_bytes` anew from what is resident now; returns that, in bytes. Linux only.
+
+    What C's allocator holds in reserve is handed back first: it would hide the next allocations.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_bytes()
 
 
 def cpu_seconds() -> float:
@@ -95,6 +109,120 @@ class Clock:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+class Stopwatch:
+    """Seconds of one call on the CPU, or on a CUDA device between two events.
+
+    There the L2 cache is overwritten before each call (what a call left in it would serve the
+    next), and the host has issued that before the first event, so that the start of a launch-bound
+    call is measured as it is in a busy stream.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.cuda = torch.device(device).type == "cuda"
+        if self.cuda:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size or (64 << 20)
+            self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def measure(self, call: Callable[[Callable[[], None]], Any]) -> tuple[Any, float, float]:
+        """`call(mark)` -> its result, its seconds, and the seconds until it called `mark()`."""
+        if self.cuda:
+            return self._measure_cuda(call)
+        marks: list[float] = []
+        began = time.perf_counter()
+        result = call(lambda: marks.append(time.perf_counter()))
+        ended = time.perf_counter()
+        return result, ended - began, (marks or [ended])[-1] - began
+
+    def _measure_cuda(self, call: Callable[[Callable[[], None]], Any]) -> tuple[Any, float, float]:
+        import torch
+
+        began, mid, ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        marked: list[bool] = []
+
+        def mark() -> None:
+            mid.record()
+            marked.append(True)
+
+        self._flush.zero_()
+        began.record()
+        result = call(mark)
+        ended.record()
+        torch.cuda.synchronize()
+        until = mid if marked else ended
+        return result, began.elapsed_time(ended) / 1e3, began.elapsed_time(until) / 1e3
+
+
+def copy_rate(device: str, *, gib: float = 4.0, repeats: int = 11) -> float:
+    """Bytes per second, read plus written, of a copy on the device: the median of `repeats`."""
+    import torch
+
+    source = torch.randint(0, 255, (int(gib * (1 << 30)),), dtype=torch.uint8, device=device)
+    target, watch = torch.empty_like(source), Stopwatch(device)
+    times = [watch.measure(lambda mark: target.copy_(source))[1] for _ in range(2 + repeats)]
+    return 2 * source.numel() / statistics.median(times[2:])
+
+
+def cuda_gemm_rate(dtype: str, *, size: int = 8192, repeats: int = 11) -> float:
+    """FLOP/s of cuBLAS on one [size, size] product of random numbers: the median of `repeats`."""
+    import torch
+
+    a, b = (torch.randn(size, size, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+    watch = Stopwatch("cuda")
+    times = [watch.measure(lambda mark: a @ b)[1] for _ in range(3 + repeats)]
+    return 2 * size**3 / statistics.median(times[3:])
+
+
+def output_bytes(kept: Any) -> int:
+    """Bytes of all tensors in tuples or lists of tensors."""
+    return sum(output_bytes(x) if isinstance(x, (tuple, list)) else x.nbytes for x in kept)
+
+
+def cuda_peak(call: Callable[[], Any]) -> int:
+    """Device memory that `call` takes at its peak beyond what it returns, in bytes."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output_bytes(kept)
+
+
+class Compilations:
+    """Counts the graphs that dynamo and the kernels that Triton compiles while it is open."""
+
+    def __enter__(self) -> Compilations:
+        import torch._dynamo.utils
+
+        self.graphs = self.kernels = 0
+        self._stats = torch._dynamo.utils.counters["stats"]
+        self._before = self._stats["unique_graphs"]
+        try:
+            import triton
+
+            self._triton = triton.knobs.runtime
+            self._hook = self._triton.jit_post_compile_hook
+            self._triton.jit_post_compile_hook = self._compiled
+        except (ImportError, AttributeError):  # no Triton here, or one that cannot be asked
+            self._triton = None
+        return self
+
+    def _compiled(self, **about: Any) -> None:
+        self.kernels += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.graphs = self._stats["unique_graphs"] - self._before
+        if self._triton is not None:
+            self._triton.jit_post_compile_hook = self._hook
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def gemm_rate(m: int, k: int, n: int, dtype: str, *, seconds: float = 0.5) -> float:

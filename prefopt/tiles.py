@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-NEVER = -1e30  # stands for -inf inside a tile: finite, so that the difference of two is no NaN
+# Stands for -inf in logits and in log-sum-exps: finite, so that no difference of two is NaN. A row
+# without any other column keeps it as its lse, and its weight exp(lse - target) is exactly 0.
+NEVER = -1e30
 
 
 class Head(NamedTuple):
@@ -63,24 +65,20 @@ def _tile(raw: Tensor, y: Tensor, bias: Tensor | None, head: Head, entropy: bool
     x, slope = transform(x, bias, head)
     if bias is not None:
         x.clamp_min_(NEVER)
-    inside, column = ((y >= 0) & (y < x.shape[1]))[:, None], y.clamp(0, x.shape[1] - 1)[:, None]
-    x.scatter_(1, column, torch.where(inside, NEVER, x.gather(1, column)))
+    y = y[:, None]
+    column = y.clamp(0, x.shape[1] - 1)
+    x.scatter_(1, column, torch.where(column == y, NEVER, x.gather(1, column)))
     top = x.amax(1)
     # One fused, vectorised pass in place of max, subtract, exp, sum and divide. Its largest element
     # is exp(top - lse), which gives the sum without a second pass of exponentials.
     q = torch.softmax(x, 1, out=torch.empty_like(x) if entropy else x)
-    lse = torch.where(top > NEVER, top - q.amax(1).log_(), -torch.inf)
-    return _Tile(x if entropy else None, q, lse, slope)
+    return _Tile(x if entropy else None, q, top.sub_(q.amax(1).log_()), slope)
 
 
 def _own_entropy(tile: _Tile) -> Tensor:
     """Of the others of this tile alone, [R]; overwrites tile.z."""
     assert tile.z is not None
-    return -torch.linalg.vecdot(tile.q, tile.z.sub_(tile.lse.clamp_min(NEVER)[:, None]))
-
-
-def _finite_gap(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > -torch.inf, a - b, 0.0)
+    return -torch.linalg.vecdot(tile.q, tile.z.sub_(tile.lse[:, None]))
 
 
 def fold(
@@ -102,21 +100,25 @@ def fold(
     y [R] int64: the target's column in this tile; anything outside [0, C) if it is not in it.
     keep [R] becomes exp(old lse - new lse), and p [<= R, C] (it may be z) softmax * slope over all
     columns so far, so that a mean over them moves on as ``mean = keep * mean + p @ values``.
-    With `first`, what lse and entropy held is ignored.
+    With `first`, what lse and entropy held is ignored. Columns of -inf come from the bias alone.
     """
     head = Head(scale, softcap, temperature)
     tile = _tile(z, y, bias, head, entropy is not None, overwrite=p is z)
-    old = torch.full_like(lse, -torch.inf) if first else lse.clone()
-    torch.logaddexp(old, tile.lse, out=lse)
-    torch.exp(old - lse, out=keep).nan_to_num_(0.0)  # nothing so far: -inf - -inf
-    share = (tile.lse - lse).exp_().nan_to_num_(0.0)
+    q, old = tile.q, lse.clone()
+    if first:
+        lse.copy_(tile.lse)
+        keep.zero_()
+    else:
+        torch.logaddexp(old, tile.lse, out=lse)
+        torch.exp(old - lse, out=keep)
+    share = (tile.lse - lse).exp_()
     if entropy is not None:
         # each part's own entropy, moved from its log-sum-exp to the new one: sums of p (lse - z')
-        before = 0.0 if first else keep * (entropy + _finite_gap(lse, old))
-        within = share * (_own_entropy(tile) + _finite_gap(lse, tile.lse))
-        entropy.copy_(before + within)
+        within = share * (_own_entropy(tile) + (lse - tile.lse))
+        entropy.copy_(within if first else keep * (entropy + (lse - old)) + within)
     if p is not None:
-        q = tile.q.mul_(share[:, None])
+        if not first:
+            q.mul_(share[:, None])
         if tile.slope is not None:
             q.mul_(tile.slope)
         p.copy_(q if len(p) == len(q) else q[: len(p)])  # onto itself where it was made in place
@@ -143,12 +145,11 @@ def dlogits(
     """
     head = Head(scale, softcap, temperature)
     tile = _tile(z, y, bias, head, g_entropy is not None, overwrite=out is z)
-    weight = (tile.lse - lse).exp_().nan_to_num_(0.0).mul_(-head.gain)
+    weight = (tile.lse - lse).exp_().mul_(-head.gain)
     q = tile.q
     if g_entropy is not None:
         assert entropy is not None and tile.z is not None
-        shift = torch.where(lse > -torch.inf, lse - entropy, 0.0)
-        own = tile.z.sub_(shift[:, None]).mul_(g_entropy[:, None]).add_(g[:, None])
+        own = tile.z.sub_((lse - entropy)[:, None]).mul_(g_entropy[:, None]).add_(g[:, None])
         q = q.mul_(weight[:, None]).mul_(own)
     else:
         q = q.mul_((weight * g)[:, None])

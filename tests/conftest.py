@@ -21,6 +21,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter; triton reads this when prefopt_kernels is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every run, so that a red test stays red; HYPOTHESIS_PROFILE=explore looks
 # further. Nothing is timed: a slow machine is no failure.

@@ -204,18 +204,45 @@ def test_autocast_runs_in_its_precision():
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_gather_logprobs(temperature):
+@pytest.mark.parametrize("impl, dtype", [("torch", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.6, None), (1.2, 4.0)])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_gather_logprobs(impl, dtype, temperature, softcap, entropy):
+    """Values and gradients against the definition in float64; the last row is masked."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 11, generator=g, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (2, 3), generator=g)
-    got = lp.gather_logprobs(logits, targets, temperature=temperature)
-    want = (logits / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda x: lp.gather_logprobs(x, targets, temperature=temperature), (logits,)
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logp = (z / temperature).log_softmax(-1)
+    want = [logp.gather(-1, targets[..., None])[..., 0]]
+    want += [-(logp.exp() * logp).sum(-1)] if entropy else []
+    live = torch.ones(2, 3, dtype=torch.float64)
+    targets, live[1, 2] = targets.clone(), 0
+    targets[1, 2] = -100
+    ours = logits.detach().to(dtype).requires_grad_()
+    got = lp.gather_logprobs(
+        ours, targets, temperature=temperature, softcap=softcap, entropy=entropy, impl=impl
     )
+    got = got if entropy else (got,)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if impl == "torch" else {"rtol": 2e-6, "atol": 2e-6}
+    mixture = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype and a[1, 2] == 0
+        torch.testing.assert_close(a.double(), b * live, **tolerance)
+    loss, want_loss = (sum((x.double() * mixture * live).sum() for x in xs) for xs in (got, want))
+    (a,), (b,) = torch.autograd.grad(loss, ours), torch.autograd.grad(want_loss, logits)
+    torch.testing.assert_close(a.double(), b, **tolerance)
     assert lp.gather_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_gather_logprobs_of_extreme_logits():
+    logits = torch.tensor([[3e4, -3e4, 0.0], [-torch.inf, 1.0, 1.0], [-torch.inf, 0.0, -torch.inf]])
+    logits.requires_grad_()
+    got, entropy = lp.gather_logprobs(logits, torch.tensor([2, 1, 1]), entropy=True)
+    torch.testing.assert_close(got, torch.tensor([-3e4, -0.6931472, 0.0]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, 0.6931472, 0.0]))
+    (got.sum() + entropy.sum()).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad[1, 0] == 0
 
 
 def test_sequence_logprobs():
