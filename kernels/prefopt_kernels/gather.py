@@ -189,7 +189,7 @@ def gather_backward(
     """The gradient by the logits [M, V], in their type (or out's; out may be logits: in place).
 
     (g (onehot - p) - g_entropy p (log p + H) + g_lse p) slope scale / temperature with the lse and
-    entropies of `gather_forward` and the upstream gradients [M] float32 of its three results. Rows whose
+    entropies of `gather_forward` and the upstream gradients [M] float32 of its results. Rows whose
     target is `ignore_index`, or all of whose upstream gradients are 0, are zeros and not read.
     Raises AssertionError as `gather_forward` does.
     """
