@@ -72,9 +72,11 @@ def fold_vocabulary(
         ref_hidden = None if ref_hidden is None else ref_hidden.to(dtype)
     if device == "cpu":
         _keep_freed_memory()
+    if ops is not tiles:  # the kernels go along rows
+        hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     with torch.autocast(device, enabled=False):
         call = Call(head, entropy, ops, fused)
-        found = _Fold.apply(hidden, weight, bias, targets, ref_hidden, call)
+        found = _Fold.apply(hidden, weight, bias, targets.contiguous(), ref_hidden, call)
     target, lse, entropies, ref_target, ref_lse = found
     refs = (None, None) if ref_hidden is None else (ref_target, ref_lse)
     return Folded(target, lse, entropies if entropy else None, *refs)
@@ -119,20 +121,19 @@ def _options(call: Call, bias: Tensor | None, columns: slice) -> dict[str, Any]:
 def _fold_rows(h, y, weight, bias, call: Call, columns: int, units: int, kept: list[Tensor] | None):
     """A chunk of rows over the vocabulary -> lse, entropy, and the mean of W for `units` rows."""
     out = wide(h.dtype)
-    lse, keep = h.new_empty(len(h), dtype=out), h.new_empty(len(h), dtype=out)
+    lse, share = h.new_empty(len(h), dtype=out), h.new_empty(len(h), dtype=out)
     entropy = h.new_empty(len(h), dtype=out) if call.entropy else None
     mean = None
     for part in _spans(len(weight), columns):
         z = dispatch.mm_nt(h, weight[part])
         p = None if not units else z if units == len(h) else z[:units]
         call.ops.fold(
-            z, y - part.start, lse, keep, entropy=entropy, p=p, first=part.start == 0,
+            z, y - part.start, lse, share, entropy=entropy, p=p, first=part.start == 0,
             **_options(call, bias, part),
         )  # fmt: skip
         if p is not None:
-            if mean is not None:
-                mean.mul_(keep[:units, None])
-            mean = dispatch.add_mm_nt(mean, p, weight[part].t())
+            values = dispatch.add_mm_nt(None, p, weight[part].t())
+            mean = values if mean is None else mean.lerp_(values, share[:units, None])
         if kept is not None:
             kept.append(z)
     return lse, entropy, mean
@@ -206,7 +207,7 @@ class _Fold(torch.autograd.Function):
         if ctx.unit:
             grads = (_unit_backward(ctx, weight, targets, rest[0], own, g_lse), None, None)
         else:
-            upstream = own, g_lse, g_entropy if ctx.call.entropy else None
+            upstream = own, g_lse, g_entropy.contiguous() if ctx.call.entropy else None
             grads = _tile_backward(ctx, weight, bias, targets, upstream, *rest)
         return (*grads, None, None, None)
 

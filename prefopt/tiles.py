@@ -85,7 +85,7 @@ def fold(
     z: Tensor,
     y: Tensor,
     lse: Tensor,
-    keep: Tensor,
+    share: Tensor,
     *,
     entropy: Tensor | None = None,
     p: Tensor | None = None,
@@ -98,29 +98,25 @@ def fold(
     """Take a tile of raw logits z [R, C] into the lse [R] and the entropy [R] of the others so far.
 
     y [R] int64: the target's column in this tile; anything outside [0, C) if it is not in it.
-    keep [R] becomes exp(old lse - new lse), and p [<= R, C] (it may be z) softmax * slope over all
-    columns so far, so that a mean over them moves on as ``mean = keep * mean + p @ values``.
-    With `first`, what lse and entropy held is ignored. Columns of -inf come from the bias alone.
+    share [R] becomes the weight of this tile among the columns so far, exp(tile's lse - new lse),
+    and p [<= R, C] (it may be z) softmax * slope over this tile alone, so that a mean over all
+    columns moves on as ``mean.lerp_(p @ values, share)``. With `first`, what lse and entropy held
+    is ignored. Columns of -inf come from the bias alone.
     """
-    head = Head(scale, softcap, temperature)
-    tile = _tile(z, y, bias, head, entropy is not None, overwrite=p is z)
-    q, old = tile.q, lse.clone()
+    tile = _tile(z, y, bias, Head(scale, softcap, temperature), entropy is not None, p is z)
     if first:
         lse.copy_(tile.lse)
-        keep.zero_()
+        share.fill_(1.0)
     else:
-        torch.logaddexp(old, tile.lse, out=lse)
-        torch.exp(old - lse, out=keep)
-    share = (tile.lse - lse).exp_()
+        before = None if entropy is None else lse.clone()
+        torch.logaddexp(lse, tile.lse, out=lse)
+        torch.exp(tile.lse - lse, out=share)
     if entropy is not None:
         # each part's own entropy, moved from its log-sum-exp to the new one: sums of p (lse - z')
-        within = share * (_own_entropy(tile) + (lse - tile.lse))
-        entropy.copy_(within if first else keep * (entropy + (lse - old)) + within)
+        within = _own_entropy(tile).add_(lse - tile.lse)
+        entropy.copy_(within) if first else entropy.add_(lse - before).lerp_(within, share)
     if p is not None:
-        if not first:
-            q.mul_(share[:, None])
-        if tile.slope is not None:
-            q.mul_(tile.slope)
+        q = tile.q if tile.slope is None else tile.q.mul_(tile.slope)
         p.copy_(q if len(p) == len(q) else q[: len(p)])  # onto itself where it was made in place
 
 

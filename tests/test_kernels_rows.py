@@ -38,7 +38,7 @@ class Folded(NamedTuple):
     lse: torch.Tensor
     entropy: torch.Tensor
     p: torch.Tensor  # over the last tile
-    keep: torch.Tensor
+    share: torch.Tensor
 
 
 def case(r: int, c: int, dtype=torch.float32, head=None, spread=4.0, seed=0) -> Case:
@@ -75,7 +75,7 @@ def plain(c: Case, dtype) -> Folded:
     lse = z.logsumexp(1)
     logp = (z - lse[:, None]).nan_to_num(-1e6, neginf=-1e6).clamp_min(-1e6)
     p = logp.exp()
-    return Folded(lse, -(p * logp).sum(1), p * slope, torch.zeros_like(lse))
+    return Folded(lse, -(p * logp).sum(1), p * slope, (lse > -INF).to(dtype))
 
 
 def empty(n: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def empty(n: int) -> torch.Tensor:
 def folded(c: Case, widths=None, p=None, entropy=True) -> Folded:
     """The tiles of the given widths one after another; p of the last."""
     r, columns = c.z.shape
-    lse, h, keep = empty(r), empty(r), empty(r)
+    lse, h, share = empty(r), empty(r), empty(r)
     start, head = 0, dict(c.head)
     for width in widths or [columns]:
         tile = slice(start, start + width)
@@ -93,12 +93,12 @@ def folded(c: Case, widths=None, p=None, entropy=True) -> Folded:
         if "bias" in head:
             head["bias"] = c.head["bias"][tile].contiguous()
         logprob.fold(
-            c.z[:, tile], c.y - start, lse, keep, entropy=h if entropy else None,
+            c.z[:, tile], c.y - start, lse, share, entropy=h if entropy else None,
             p=p_tile, first=start == 0, **head,
         )  # fmt: skip
         start += width
     assert start == columns
-    return Folded(lse, h, p_tile, keep)
+    return Folded(lse, h, p_tile, share)
 
 
 def ulp(x: float) -> float:
@@ -131,7 +131,7 @@ def check_fold(c: Case, got: Folded | None = None, dtype=torch.float32) -> None:
     exact, peer = plain(c, torch.float64), plain(c, torch.float32)
     got = folded(c, p=torch.empty_like(c.z, dtype=dtype)) if got is None else got
     step = step_of(c)
-    for name in ("lse", "entropy", "keep"):
+    for name in ("lse", "entropy", "share"):
         error = worst(getattr(got, name), getattr(exact, name))
         allowed = worst(getattr(peer, name), getattr(exact, name)) + 1e-6 + 2 * step
         assert error <= allowed, (name, error, allowed)
@@ -175,28 +175,28 @@ def test_fold_in_tiles_is_fold_in_one(dtype, head):
         tiles = folded(c, widths)
         assert worst(tiles.lse, one.lse) <= 3 * step
         assert worst(tiles.entropy, one.entropy) <= 1e-6 + 3 * step
-        assert worst(tiles.p, one.p[:, -widths[-1] :]) <= 3 * step
+        assert worst(tiles.p * tiles.share[:, None], one.p[:, -widths[-1] :]) <= 3 * step
     check_fold(c, folded(c, [300]))
 
 
 @pytest.mark.parametrize("head", [HEADS[0], HEADS[3]], ids=str)
 def test_the_weighted_mean_moves_on(head):
-    """T = keep * T + p @ W ends as softmax(others) * slope @ W, whatever the tiles."""
+    """mean.lerp(p @ W, share) ends as softmax(others) * slope @ W, whatever the tiles."""
     c = case(7, 90, head=head)
     c.z[0, :40] += 50  # early tiles rule
     c.z[1, 60:] += 50  # late ones do
     weight = torch.randn(90, 5, device=DEVICE)
     exact = plain(c, torch.float64).p @ weight.double()
     for widths in ([90], [30, 30, 30], [1, 60, 29]):
-        lse, keep, mean = empty(7), empty(7), torch.full((7, 5), 3.0, device=DEVICE)
+        lse, share, mean = empty(7), empty(7), torch.full((7, 5), 3.0, device=DEVICE)
         start, settings_ = 0, dict(c.head)
         for width in widths:
             tile = slice(start, start + width)
             p = torch.empty(7, width, device=DEVICE)
             if "bias" in settings_:
                 settings_["bias"] = c.head["bias"][tile].contiguous()
-            logprob.fold(c.z[:, tile], c.y - start, lse, keep, p=p, first=not start, **settings_)
-            mean = keep[:, None] * mean + p @ weight[tile]
+            logprob.fold(c.z[:, tile], c.y - start, lse, share, p=p, first=not start, **settings_)
+            mean = mean.lerp(p @ weight[tile], share[:, None])
             start += width
         assert worst(mean, exact) <= 1e-5 + 8 * step_of(c)
 
@@ -209,8 +209,8 @@ def test_fold_p_over_z_and_for_the_leading_rows(blocks_of_16, dtype):
         room = torch.full((6, 80), math.nan, dtype=dtype, device=DEVICE)
         room[:, 7:57] = c.z
         z = room[:, 7:57]
-        lse, keep, h = empty(6), empty(6), empty(6)
-        logprob.fold(z, c.y, lse, keep, entropy=h, p=z[:rows_with_p], first=True, **c.head)
+        lse, share, h = empty(6), empty(6), empty(6)
+        logprob.fold(z, c.y, lse, share, entropy=h, p=z[:rows_with_p], first=True, **c.head)
         assert torch.equal(lse, expected.lse) and torch.equal(h, expected.entropy)
         assert torch.equal(z[:rows_with_p], expected.p[:rows_with_p])
         assert torch.equal(z[rows_with_p:], c.z[rows_with_p:])
@@ -227,10 +227,10 @@ def test_fold_p_in_another_type(p_dtype):
 def test_fold_without_entropy_and_without_p():
     c = case(5, 70, head=HEADS[1])
     full, bare = folded(c), folded(c, entropy=False)
-    lse, keep = empty(5), empty(5)
-    logprob.fold(c.z, c.y, lse, keep, first=True, **c.head)
+    lse, share = empty(5), empty(5)
+    logprob.fold(c.z, c.y, lse, share, first=True, **c.head)
     assert torch.equal(lse, full.lse) and torch.equal(bare.lse, lse)
-    assert torch.equal(bare.p, full.p) and not keep.any() and bare.entropy.isnan().all()
+    assert torch.equal(bare.p, full.p) and (share == 1).all() and bare.entropy.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,19 +243,19 @@ def test_fold_of_nothing(blocks_of_16, dtype):
     c.y[:] = torch.tensor([0, 0, 5, -1, 47])
     got = folded(c, p=torch.empty_like(c.z))
     assert got.lse.tolist() == [-INF, 2.0, -INF, -INF, -INF]
-    assert not got.entropy.any() and not got.keep.any()
+    assert not got.entropy.any() and got.share.tolist() == [0, 1, 0, 0, 0]
     assert got.p.nonzero().tolist() == [[1, 5]] and got.p[1, 5] == 1
-    later, lse, h, keep = case(5, 20, dtype), got.lse.clone(), got.entropy.clone(), empty(5)
+    later, lse, h, share = case(5, 20, dtype), got.lse.clone(), got.entropy.clone(), empty(5)
     later.z[0] = -INF
     later.z[1] = -INF
-    logprob.fold(later.z, later.y, lse, keep, entropy=h)
+    logprob.fold(later.z, later.y, lse, share, entropy=h)
     exact = plain(later, torch.float64)
-    assert keep.tolist() == [0, 1, 0, 0, 0]
+    assert share.tolist() == [0, 0, 1, 1, 1]
     assert lse[0] == -INF and lse[1] == 2.0 and worst(lse[2:], exact.lse[2:]) < 2e-6
     assert not h[:2].any() and worst(h[2:], exact.entropy[2:]) < 2e-6
     nothing = later.z[:, :0]
-    logprob.fold(nothing, later.y, lse, keep, entropy=h, p=nothing)
-    assert keep.tolist() == [0, 1, 1, 1, 1] and worst(lse[2:], exact.lse[2:]) < 2e-6
+    logprob.fold(nothing, later.y, lse, share, entropy=h, p=nothing)
+    assert not share.any() and worst(lse[2:], exact.lse[2:]) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,7 +278,7 @@ def test_fold_large_logits_and_minus_infinity(blocks_of_16, dtype, head):
     one, two = folded(c, [50]), folded(c, [17, 33])
     assert worst(one.lse, two.lse) <= 3 * step
     assert worst(one.entropy, two.entropy) <= 1e-6 + 3 * step
-    assert worst(one.p[:, 17:], two.p) <= 1e-6 + 3 * step
+    assert worst(one.p[:, 17:], two.p * two.share[:, None]) <= 1e-6 + 3 * step
 
 
 def test_fold_bias_at_minus_infinity_hides_a_column():
@@ -304,16 +304,16 @@ def test_fold_not_a_number_stays_one():
 
 def test_fold_arguments_it_does_not_take():
     c = case(4, 30)
-    lse, keep = empty(4), empty(4)
+    lse, share = empty(4), empty(4)
     for z in (c.z.t(), c.z.double(), c.z[0], c.z[:, ::2]):
         with pytest.raises(AssertionError):
-            logprob.fold(z, c.y, lse, keep)
+            logprob.fold(z, c.y, lse, share)
     for arguments in (
-        {"y": c.y.int()}, {"lse": lse[:3]}, {"keep": keep.double()}, {"lse": torch.empty(8)[::2]},
+        {"y": c.y.int()}, {"lse": lse[:3]}, {"share": share.double()}, {"lse": torch.empty(8)[::2]},
         {"p": c.z[:, :20]}, {"p": torch.empty(5, 30)}, {"bias": torch.empty(29)},
     ):  # fmt: skip
         with pytest.raises(AssertionError):
-            logprob.fold(**({"z": c.z, "y": c.y, "lse": lse, "keep": keep} | arguments))
+            logprob.fold(**({"z": c.z, "y": c.y, "lse": lse, "share": share} | arguments))
 
 
 # ---- dlogits ----
@@ -501,19 +501,23 @@ def test_property_tiles_do_not_matter(c, data):
     one, many, step = folded(c), folded(c, widths), step_of(c)
     assert worst(one.lse, many.lse) <= 1e-6 + 4 * step
     assert worst(one.entropy, many.entropy) <= 2e-6 + 4 * step
-    assert worst(one.p[:, -widths[-1] :], many.p) <= 1e-6 + 4 * step
+    assert worst(one.p[:, -widths[-1] :], many.p * many.share[:, None]) <= 1e-6 + 4 * step
 
 
 @FEW
 @given(tiles)
-def test_property_p_and_keep_sum_to_one(c):
+def test_property_p_sums_to_one_and_shares_too(c):
     c.head.pop("softcap", None)  # whose slope is in p
-    first, rest = folded(c), folded(c, [1, c.z.shape[1] - 1]) if c.z.shape[1] > 1 else None
-    whole = torch.where(first.lse > -INF, 1.0, 0.0)
-    assert worst(first.p.sum(1), whole) < 4e-6
-    if rest is not None:
-        some = rest.lse > -INF
-        assert worst((rest.p.sum(1) + rest.keep)[some], whole[some]) < 4e-6
+    first = folded(c)
+    assert worst(first.p.sum(1), first.share) < 4e-6
+    if c.z.shape[1] > 1:
+        last = folded(c, [1, c.z.shape[1] - 1])
+        alive = last.share > 0
+        assert worst(last.p.sum(1)[alive], torch.ones_like(last.lse)[alive]) < 4e-6
+        bias = {k: v[:1] for k, v in c.head.items() if k == "bias"}
+        before = folded(c._replace(z=c.z[:, :1], head=c.head | bias)).lse
+        some = last.lse > -INF
+        assert worst(last.share[some], 1 - (before - last.lse)[some].exp()) < 4e-6
 
 
 @FEW

@@ -39,7 +39,7 @@ from prefopt_kernels.rows import (
 
 @triton.jit(do_not_specialize=["p_rows", "carried"])
 def fold_kernel(
-    z_ptr, y_ptr, lse_ptr, keep_ptr, entropy_ptr, p_ptr, bias_ptr,
+    z_ptr, y_ptr, lse_ptr, share_ptr, entropy_ptr, p_ptr, bias_ptr,
     width, z_stride, p_stride, p_rows, carried,
     inner: tl.float32, outer: tl.float32,  # pyright: ignore[reportInvalidTypeForm]
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
@@ -57,16 +57,17 @@ def fold_kernel(
     origin = origin_of(m)
     drop = (before - origin) * LOG2E
     old = tl.exp2(drop)
-    s += old
-    some = s != 0  # also if NaN
-    log_s = tl.log(tl.where(some, s, 1.0))
-    share = tl.where(some, 1.0 / tl.where(some, s, 1.0), 0.0)
-    tl.store(keep_ptr + row, old * share)
+    alone = tl.where(s != 0, 1.0 / tl.where(s != 0, s, 1.0), 0.0)  # s != 0 also if NaN
+    total = s + old
+    some = total != 0
+    log_s = tl.log(tl.where(some, total, 1.0))
+    scale = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
+    tl.store(share_ptr + row, s * scale)
     tl.store(lse_ptr + row, tl.where(some, origin + log_s, NEG_INF))
     if ENTROPY:
         h = tl.load(entropy_ptr + row, mask=carried != 0, other=0.0)
         w += old * (tl.maximum(drop, GONE) - h * LOG2E)
-        tl.store(entropy_ptr + row, log_s - w * LN2 * share)
+        tl.store(entropy_ptr + row, log_s - w * LN2 * scale)
     if WRITE_P:
         if row < p_rows:
             p_ptr += row * p_stride
@@ -78,7 +79,7 @@ def fold_kernel(
                 x = raw_logits(x, bias_ptr, cols, inside, HAS_BIAS)
                 z, slope = transform(x, inner, outer, HAS_SOFTCAP)
                 z = tl.where(inside & (cols != y), z, NEG_INF)
-                p = tl.exp2((z - origin) * LOG2E) * share
+                p = tl.exp2((z - origin) * LOG2E) * alone
                 if HAS_SOFTCAP:
                     p *= slope
                 tl.store(p_ptr + cols, narrow(p, p_ptr.dtype.element_ty), mask=inside)
@@ -88,7 +89,7 @@ def fold(
     z: Tensor,
     y: Tensor,
     lse: Tensor,
-    keep: Tensor,
+    share: Tensor,
     *,
     entropy: Tensor | None = None,
     p: Tensor | None = None,
@@ -102,13 +103,13 @@ def fold(
 
     y [R] int64: the target's column in this tile, anything outside [0, C) if it is not in it.
     lse, entropy: float32, natural log, updated in place; with `first` what they held is ignored.
-    keep [R] becomes exp(old lse - new lse). p [<= R, C] (it may be z; any of the three types):
-    softmax over all columns so far, times slope, so that ``T = keep * T + p @ W`` goes on.
+    share [R] becomes exp(lse of this tile - new lse). p [<= R, C] (it may be z; any of the three
+    types): softmax over this tile alone, times slope, so that ``mean.lerp_(p @ W, share)`` goes on.
     bias [C] contiguous. Raises AssertionError on shapes, types or strides it does not take.
     """
     check_matrix(z, "z")
     check_vector(y, z, torch.int64, "y")
-    for vector, name in ((lse, "lse"), (keep, "keep"), (entropy, "entropy")):
+    for vector, name in ((lse, "lse"), (share, "share"), (entropy, "entropy")):
         check_vector(vector, z, torch.float32, name)
     check_vector(bias, z.t(), z.dtype if bias is None else bias.dtype, "bias")
     if p is not None:
@@ -118,10 +119,10 @@ def fold(
         return
     heads = factors(scale, softcap, temperature)
 
-    def run(config: tuning.Rows, lse=lse, keep=keep, entropy=entropy, p=p) -> None:
+    def run(config: tuning.Rows, lse=lse, share=share, entropy=entropy, p=p) -> None:
         launch(
             fold_kernel, len(z), config,
-            z, y, lse, keep, lse if entropy is None else entropy, z if p is None else p,
+            z, y, lse, share, lse if entropy is None else entropy, z if p is None else p,
             z if bias is None else bias, z.shape[1], z.stride(0), 0 if p is None else p.stride(0),
             0 if p is None else len(p), int(not first), *heads,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
@@ -129,7 +130,7 @@ def fold(
         )  # fmt: skip
 
     def trial():
-        outputs = (lse, keep, entropy, p)
+        outputs = (lse, share, entropy, p)
         scratch: Any = [None if t is None else torch.empty_like(t) for t in outputs]
         return lambda config: run(config, *scratch)
 
