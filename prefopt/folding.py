@@ -216,7 +216,7 @@ def _unit_backward(ctx, weight, targets, mean, own, g_lse) -> Tensor:
     grad = mean.new_empty(mean.shape, dtype=ctx.hidden_dtype)
     y, gain = targets.clamp(0, len(weight) - 1), ctx.call.head.gain
     for rows in _spans(len(y), ctx.shape[0]):
-        part = weight[y[rows]].to(mean.dtype).mul_(own[rows, None])
+        part = weight.index_select(0, y[rows]).to(mean.dtype).mul_(own[rows, None])
         grad[rows] = part.addcmul_(mean[rows], (g_lse[rows] * gain)[:, None])
     return grad
 
@@ -299,4 +299,5 @@ def _add_own(grad: Tensor, others: Tensor, weight: Tensor, y: Tensor, own: Tenso
     """grad = own * W[y] + others, [N, D], rounded once."""
     y = y.clamp(0, len(weight) - 1)
     for rows in _spans(len(y), step):
-        grad[rows] = others[rows].addcmul_(weight[y[rows]].to(others.dtype), own[rows, None])
+        chosen = weight.index_select(0, y[rows]).to(others.dtype)
+        grad[rows] = others[rows].addcmul_(chosen, own[rows, None])

@@ -104,17 +104,20 @@ def fold(
     is ignored. Columns of -inf come from the bias alone.
     """
     tile = _tile(z, y, bias, Head(scale, softcap, temperature), entropy is not None, p is z)
+    before = lse.clone()
     if first:
         lse.copy_(tile.lse)
         share.fill_(1.0)
     else:
-        before = None if entropy is None else lse.clone()
-        torch.logaddexp(lse, tile.lse, out=lse)
+        torch.logaddexp(before, tile.lse, out=lse)
         torch.exp(tile.lse - lse, out=share)
     if entropy is not None:
         # each part's own entropy, moved from its log-sum-exp to the new one: sums of p (lse - z')
         within = _own_entropy(tile).add_(lse - tile.lse)
-        entropy.copy_(within) if first else entropy.add_(lse - before).lerp_(within, share)
+        if first:
+            entropy.copy_(within)
+        else:
+            entropy.add_(lse - before).lerp_(within, share)
     if p is not None:
         q = tile.q if tile.slope is None else tile.q.mul_(tile.slope)
         p.copy_(q if len(p) == len(q) else q[: len(p)])  # onto itself where it was made in place
@@ -155,7 +158,7 @@ def dlogits(
 def target_dot(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     """hidden[r] . weight[y_r] in float32: [R, D], [V, D], [R] int64 -> [R]; 0 for y outside."""
     inside = (y >= 0) & (y < len(weight))
-    own = weight[torch.where(inside, y, 0)].to(wide(weight.dtype))
+    own = weight.index_select(0, torch.where(inside, y, 0)).to(wide(weight.dtype))
     return torch.where(inside, torch.linalg.vecdot(hidden.to(own.dtype), own), 0.0)
 
 
