@@ -87,7 +87,7 @@ def _keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 31 MiB for the next tile instead of unmapping them.
 
     It adapts to the largest block it has seen come and go (mallopt(3), M_MMAP_THRESHOLD). Until it
-    has, every tile's pages are taken and zeroed anew: a tenth of a whole forward and backward.
+    has, every tile's pages may be taken and zeroed anew.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
@@ -224,12 +224,12 @@ def _unit_backward(ctx, weight, targets, mean, own, g_lse) -> Tensor:
 def _tile_backward(ctx, weight, bias, targets, upstream, hidden, lse, entropy, *kept):
     """Drops the rows that no gradient reaches (on the CPU: elsewhere finding them would sync)."""
     rows = (targets, *upstream, hidden, lse, entropy if upstream[2] is not None else None)
-    live = torch.stack([x != 0 for x in upstream if x is not None]).any(0)
-    drop = not kept and hidden.device.type == "cpu" and not live.all()
-    if drop:
-        rows = tuple(x if x is None else x[live] for x in rows)
+    live = None
+    if not kept and hidden.device.type == "cpu":
+        live = torch.stack([x != 0 for x in upstream if x is not None]).any(0)
+        rows = tuple(x if x is None else x[live] for x in rows) if not live.all() else rows
     d_hidden, d_weight, d_bias = _tile_gradients(ctx, weight, bias, rows, kept)
-    if drop and d_hidden is not None:
+    if d_hidden is not None and live is not None and len(d_hidden) < len(hidden):
         d_hidden = torch.zeros_like(hidden).masked_scatter_(live[:, None], d_hidden)
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
 

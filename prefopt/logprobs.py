@@ -100,6 +100,7 @@ def shard_statistics(
     log-sum-exp of this shard's other logits, and their entropy. Differentiable; `join_shards`
     turns those of all shards into log-probs.
     """
+    _check(hidden, weight, targets)
     head = Head(scale, softcap, temperature)
     folded = fold_vocabulary(
         hidden, weight, targets - start, bias=bias, head=head, entropy=entropy, impl=impl
