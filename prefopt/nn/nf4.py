@@ -26,36 +26,18 @@ from prefopt.nn.scale_search import best_scales
 
 NESTED = 256  # scales in a block of the second quantisation
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Quantiles of the normal distribution, with an exact 0 (arXiv 2305.14314, appendix E).
+_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+# A sign, two exponent bits and one of mantissa, in twelfths; the second zero is +0.0.
+_FP4 = [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]
 CODEBOOKS = {
-    # Quantiles of the normal distribution, with an exact 0: table 4 of arXiv 2305.14314.
-    "nf4": torch.tensor(
-        [
-            -1.0,
-            -0.6961928009986877,
-            -0.5250730514526367,
-            -0.39491748809814453,
-            -0.28444138169288635,
-            -0.18477343022823334,
-            -0.09105003625154495,
-            0.0,
-            0.07958029955625534,
-            0.16093020141124725,
-            0.24611230194568634,
-            0.33791524171829224,
-            0.44070982933044434,
-            0.5626170039176941,
-            0.7229568362236023,
-            1.0,
-        ],
-        dtype=torch.float32,
-        device="cpu",
-    ),  # fmt: skip
-    # A sign, an exponent and a mantissa bit, in units of the largest; the second zero is +0.0.
-    "fp4": torch.tensor(
-        [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3],
-        dtype=torch.float32,
-        device="cpu",
-    ).div_(12),  # fmt: skip
+    "nf4": torch.tensor(_NF4, dtype=torch.float32, device="cpu"),
+    "fp4": torch.tensor(_FP4, dtype=torch.float32, device="cpu").div_(12),
 }
 
 _ENCODE = 1 << 18  # elements that are encoded at a time: what the caches hold

@@ -42,7 +42,6 @@ class NF4Linear(nn.Module):
             )
         self.out_features, self.in_features = p.shape
         self.kind, self.block, self.dtype = p.kind, p.block, p.dtype
-        self.double = p.nested is not None
         rows = self.out_features if self.in_features % p.block == 0 else -1
         columns = -1 if rows > 0 else 1
         self.weight = _frozen(p.codes.view(rows, columns))
@@ -86,7 +85,7 @@ class NF4Linear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, kind={self.kind}, block={self.block}, "
-            f"double={self.double}, dtype={self.dtype}"
+            f"double={self.nested is not None}, dtype={self.dtype}"
         )
 
 
@@ -146,7 +145,7 @@ def _packed(layer: NF4Linear, tensors: tuple[Tensor, ...]) -> Packed4:
     codes, scales, *rest = (t.detach().view(-1) for t in tensors)
     shape = torch.Size((layer.out_features, layer.in_features))
     nested = offset = None
-    if layer.double:
+    if rest:
         values = rest[0].view(torch.float32)
         nested, offset = values[:-1], values[-1]
     else:
