@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from prefopt_kernels import fused, gather, logprob, tuning
+from prefopt_kernels import fused, gather, logprob, nf4, tuning
 
 
 class Target(NamedTuple):
@@ -95,8 +95,14 @@ def calls() -> Iterator[Call]:
         yield Call(f"{name} cap", False, partial(_fused, dtype, softcap=30.0))
         yield Call(f"{name} entropy bias cap", quick, partial(_fused, dtype, **full))
         yield Call(f"{name} entropy bias cap odd", False, partial(_fused, dtype, 4100, **full))
+        yield Call(name, False, partial(_dequantize, dtype, dtype, double=False))
+        yield Call(f"{name} double", quick, partial(_dequantize, dtype, dtype))
+        yield Call(f"{name} double odd", False, partial(_dequantize, dtype, dtype, 58_720_255))
     yield Call("f32, p bf16", False, partial(_fold, torch.float32, p=torch.bfloat16))
     yield Call("f32, out bf16", False, partial(_dlogits, torch.float32, torch.bfloat16))
+    yield Call("bf16, out f32", False, partial(_dequantize, torch.bfloat16, torch.float32))
+    yield Call("bf16, out f16", False, partial(_dequantize, torch.bfloat16, torch.float16))
+    yield Call("f16, out bf16", False, partial(_dequantize, torch.float16, torch.bfloat16))
 
 
 def _fold(dtype, p=None, entropy=False, bias=False, softcap=None):
@@ -137,6 +143,16 @@ def _fused(dtype, depth=4096, entropy=False, bias=False, softcap=None):
         _empty(2048, depth, dtype=dtype), _empty(128256, depth, dtype=dtype),
         _empty(2048, dtype=torch.int64), entropy=entropy, softcap=softcap,
         bias=_empty(128256, dtype=torch.bfloat16) if bias else None,
+    )  # fmt: skip
+
+
+def _dequantize(dtype, out, n=4096 * 14336, double=True):
+    blocks = -(-n // 64)
+    nf4.dequantize(
+        _empty(-(-n // 2), dtype=torch.uint8),
+        _empty(blocks, dtype=torch.uint8 if double else torch.float32),
+        _empty(-(-blocks // 256)) if double else None, _empty() if double else None,
+        _empty(16), _empty(256) if double else None, n, 64, dtype, _empty(n, dtype=out),
     )  # fmt: skip
 
 

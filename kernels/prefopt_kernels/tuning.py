@@ -179,6 +179,24 @@ def _cut(config: Rows, columns: int) -> Rows:
     return Rows(block, max(1, config.warps * block // config.block))
 
 
+# ---- nf4.py ----
+
+# Bytes of codes. Four of them a thread are eight weights, in bfloat16 one store of 16 bytes.
+_DEQUANTIZE = {"sm_75": Rows(1024, 8), "gfx942": Rows(1024, 4)}
+DEQUANTIZE_CANDIDATES = tuple(
+    Rows(32 * warps * each, warps) for each in (4, 8, 16) for warps in (2, 4, 8)
+)
+
+
+def dequantize_config(out: torch.Tensor, run: Callable[[Rows], object]) -> Rows:
+    """The entry for `out` on its device. The search may write to the result itself: every candidate
+    computes the same bits."""
+    if not (autotuning() and out.is_cuda):
+        return nearest(_DEQUANTIZE, arch(out.device))
+    key = ("dequantize", out.device, out.dtype, bucket(out.numel()))
+    return searched(key, DEQUANTIZE_CANDIDATES, run)
+
+
 # ---- fused.py ----
 
 
