@@ -1,6 +1,11 @@
 """The scale of a block that leaves the least squared error, instead of its largest magnitude.
 
-min over a of sum_i (w_i - a c[q_i])^2,   q_i the nearest code of w_i / a
+    min over a of E(a) = sum_i (w_i - a c_i)^2,   c_i = the codebook's value nearest to w_i / a
+
+E is piecewise quadratic in a: for fixed c its minimum is a = <w, c> / <c, c>, and what it takes off
+|w|^2 is <w, c>^2 / <c, c>. So the codes of a few scales around the largest magnitude are tried, and
+of the best the minimum is taken. A negative scale turns the codebook round, which is worth trying
+as NF4 is not symmetric (the idea of BOF4-S, arXiv 2505.06653, without another format).
 """
 
 from __future__ import annotations
@@ -8,24 +13,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Around 1, so that the search is never worse than none; finer grids gain less than 0.3%.
+FACTORS = tuple(i / 100 for i in range(70, 107, 3))
+
 
 def best_scales(
-    x: Tensor, scales: Tensor, book: Tensor, bounds: list[float], signed: bool
+    x: Tensor, largest: Tensor, book: Tensor, bounds: list[float], signed: bool
 ) -> Tensor:
-    """x [m, block], scales = its absmax [m], the codebook ascending [16] and its midpoints -> [m].
-
-    signed: a negative scale turns the codebook round, which is not symmetric.
-    """
-    best, least = scales.clone(), torch.full_like(scales, float("inf"))
-    edges = torch.tensor(bounds, dtype=book.dtype, device=book.device)
+    """float32 x [m, block] and its largest magnitudes [m], the codebook ascending [16], the 15
+    midpoints of it -> the scales [m]; that of a block of zeros is 0."""
+    u = x / largest.clamp(min=1e-38)[:, None]
+    best, gain = torch.ones_like(largest), torch.zeros_like(largest)
     for sign in (1, -1) if signed else (1,):
-        for step in range(12):
-            a = scales * (sign * (1.05 - 0.03 * step))
-            safe = torch.where(a == 0, 1, a)[:, None]
-            c = book[torch.bucketize(x / safe, edges, out_int32=True)]
-            energy = c.square().sum(1)
-            fit = (x * c).sum(1) / energy.clamp(min=1e-30)
-            error = x.square().sum(1) - fit.square() * energy
-            better = error < least
-            best, least = torch.where(better, fit, best), torch.where(better, error, least)
-    return best
+        for factor in FACTORS:
+            c = _nearest(u, book, [b * factor for b in bounds])
+            uc, cc = (u * c).sum(1), c.square().sum(1).clamp_(min=1e-30)
+            fit = uc / cc
+            better = fit * uc > gain
+            best, gain = torch.where(better, sign * fit, best), torch.where(better, fit * uc, gain)
+        u = -u
+    return best * largest
+
+
+def _nearest(u: Tensor, book: Tensor, bounds: list[float]) -> Tensor:
+    """The value of the codebook for each element, by the bounds between them."""
+    q = (u > bounds[0]).view(torch.uint8)
+    for bound in bounds[1:]:
+        q += (u > bound).view(torch.uint8)
+    return book.index_select(0, q.view(-1).int()).view_as(u)
