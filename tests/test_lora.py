@@ -105,7 +105,11 @@ def gradients(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         ("r", 0), ("r", 2.0), ("r", True), ("alpha", 0), ("alpha", -1), ("alpha", math.inf),
         ("alpha", math.nan), ("dropout", 1.0), ("dropout", -0.1), ("dropout", "x"),
         ("targets", ""), ("targets", []), ("targets", ["q_proj", ""]), ("targets", "q_proj("),
-        ("targets", 3), ("use_rslora", 1), ("init", "pissa"),
+        ("targets", 3), ("use_rslora", 1), ("use_dora", 1), ("init", "olora"),
+        ("exclude", "q("), ("exclude", [""]),
+        ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q(": 4}), ("rank_pattern", ["q"]),
+        ("alpha_pattern", {"q_proj": 0}), ("alpha_pattern", {"": 1}),
+        ("modules_to_save", "lm_head"), ("modules_to_save", [""]),
     ],
 )  # fmt: skip
 def test_config_rejects(key, value):
@@ -135,7 +139,7 @@ def test_gradcheck(transposed, x_grad):
     A = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     B = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, A, B: _Lora.apply(x, A, B, base.weight, base, 1.5, 0.0, transposed), (x, A, B)
+        lambda x, A, B: _Lora.apply(x, A, B, base, transposed, 1.5, 0.0), (x, A, B)
     )
 
 
@@ -595,7 +599,7 @@ def test_targets_as_regex_and_full_names():
         (["self_attn"], "matches no linear layer"),
         (
             ["embed_tokens"],
-            "cannot adapt model.embed_tokens: a module of class Embedding is not a linear layer",
+            "cannot adapt model.embed_tokens: it shares its weight with lm_head",
         ),
         (["lm_head"], "cannot adapt lm_head: it shares its weight with model.embed_tokens"),
         (".*norm", "a module of class LlamaRMSNorm is not a linear layer"),

@@ -1,23 +1,30 @@
-"""Adapters on a model: adding, switching, copying, merging. The layer itself: lora_linear.py."""
+"""Adapters on a model: adding, switching, copying, merging. What each kind does: lora_linear.py,
+lora_embedding.py, saved_module.py."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from prefopt.errors import InputError
-from prefopt.nn.lora_linear import LoraConfig, LoraLinear
-from prefopt.nn.targets import base_modules, match_targets, why_not_linear
+from prefopt.nn.adapted import Adapted, adapted_modules, base_modules
+from prefopt.nn.lora_config import LoraConfig
+from prefopt.nn.lora_embedding import LoraEmbedding
+from prefopt.nn.lora_linear import LoraLinear, dense_shape
+from prefopt.nn.nf4_linear import NF4Linear
+from prefopt.nn.saved_module import SavedModule
+from prefopt.nn.targets import select, why_not_linear
 
 __all__ = [
     "LoraConfig",
     "LoraLinear",
     "LoraReport",
     "MergeReport",
+    "adapted_modules",
     "adapter_names",
     "adapters",
     "add_lora",
@@ -26,6 +33,7 @@ __all__ = [
     "is_zero_adapter",
     "lora_layers",
     "lora_parameters",
+    "lora_plus_groups",
     "merge_lora",
     "unload_lora",
     "unmerge",
@@ -38,6 +46,7 @@ class LoraReport:
 
     name: str
     adapted: list[str]
+    saved: list[str]  # trained in full
     trainable: int
     total: int
     coverage: float
@@ -52,10 +61,11 @@ class LoraReport:
             f"{self.coverage:.1%} of the linear weights",
             f"trainable parameters: {self.trainable:,} of {self.total:,} ({share:.2%})",
         ]
+        if self.saved:
+            lines.insert(1, f"trained in full: {_some(self.saved)}")
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left out: {', '.join(names[:3])}{more} ({reason})")
+            lines.append(f"left out: {_some(names)} ({reason})")
         return lines
 
 
@@ -76,36 +86,35 @@ class MergeReport:
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> LoraReport:
-    """Wraps the matched linear layers of `model` in place by LoraLinear and adds adapter `name`.
+    """Wraps the selected modules of `model` in place and adds adapter `name` to each.
 
     The first adapter freezes the whole base and becomes active; a further one is added beside it,
-    inactive (see `adapters`). InputError, before anything is changed: a name in use, a pattern that
-    matches nothing, a match that cannot be adapted (embeddings, a head tied to the embedding).
+    inactive (see `adapters`). InputError, before anything is changed: a name in use, a setting that
+    matches nothing, a match that cannot be adapted (a head tied to the embedding, a norm).
     """
     _check_new_name(model, name)
-    names, skipped = match_targets(model, config.targets)
-    wrapped: dict[str, LoraLinear] = dict(lora_layers(model))
+    selection = select(model, config)
+    wrapped = dict(adapted_modules(model))
     if not wrapped:
         model.requires_grad_(False)
-    active = next((layer.active for layer in wrapped.values()), name)
-    for path in names:
+    active = next((module.active for module in wrapped.values()), name)
+    for path in (*selection.lora, *selection.saved):
         if path not in wrapped:
             base: Any = model.get_submodule(path)
-            wrapped[path] = LoraLinear(base, active)
+            kind: Any = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
+            wrapped[path] = (SavedModule if path in selection.saved else kind)(base, active)
             _replace(model, path, wrapped[path])
-        wrapped[path].add(name, config)
-    sizes = {
-        path: module.get_parameter("weight").numel()
-        for path, module in base_modules(model)
-        if why_not_linear(module) is None
-    }
+        wrapped[path].add(name, config, path)
+    linear = {path: m for path, m in base_modules(model) if why_not_linear(m) is None}
+    sizes = {path: math.prod(dense_shape(module)) for path, module in linear.items()}
     return LoraReport(
         name=name,
-        adapted=names,
+        adapted=selection.lora,
+        saved=selection.saved,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
-        coverage=sum(sizes[path] for path in names) / sum(sizes.values()),
-        skipped=skipped,
+        total=_parameters(model),
+        coverage=sum(sizes.get(path, 0) for path in selection.lora) / (sum(sizes.values()) or 1),
+        skipped=selection.skipped,
     )
 
 
@@ -118,48 +127,60 @@ def adapters(model: nn.Module, name: str | None) -> Iterator[None]:
     again: there, call it inside.
     """
     if name is not None:
-        _require(model, name)
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        if layer.merged not in (None, name):
-            raise InputError(f'adapter "{layer.merged}" is merged into the base; unmerge it first')
-    before = [layer.active for layer in layers]
+        require(model, name)
+    modules = [module for _, module in adapted_modules(model)]
+    for module in modules:
+        if module.merged not in (None, name):
+            raise InputError(f'adapter "{module.merged}" is merged into the base; unmerge it first')
+    before = [module.active for module in modules]
     try:
-        for layer in layers:
-            layer.active = name
+        for module in modules:
+            module.active = name
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        for module, active in zip(modules, before, strict=True):
+            module.active = active
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
-    """(module name, layer) of every adapted layer, in the order of the model."""
-    return [(name, m) for name, m in base_modules(model) if isinstance(m, LoraLinear)]
+    """(module name, layer) of every adapted linear layer, in the order of the model."""
+    return [(name, m) for name, m in adapted_modules(model) if isinstance(m, LoraLinear)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The adapters of the model, oldest first."""
-    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.scaling))
+    return list(dict.fromkeys(name for _, m in adapted_modules(model) for name in m.names))
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether any layer of the model is adapted."""
-    return any(isinstance(module, LoraLinear) for module in model.modules())
+    """Whether any module of the model is adapted."""
+    return any(isinstance(module, Adapted) for module in model.modules())
 
 
 def lora_parameters(model: nn.Module, name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """(full parameter name, A or B) of adapter `name`, in the order of the model."""
+    """(full parameter name, parameter) of all that adapter `name` trains, in the model's order."""
     return [
-        (f"{path}.{letter}.{name}", group[name])
-        for path, layer in _require(model, name)
-        for letter, group in (("A", layer.A), ("B", layer.B))
+        (f"{path}.{module.part_name(part, name)}", parameter)
+        for path, module in require(model, name)
+        for part, parameter in module.parts(name).items()
     ]
 
 
+def lora_plus_groups(model: nn.Module, name: str, lr: float, ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B of linear layers learns
+    `ratio` times as fast. Each group in the order of the model; no group is empty."""
+    groups: list[dict[str, Any]] = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
+    for _, module in require(model, name):
+        for part, parameter in module.parts(name).items():
+            if parameter.requires_grad:
+                fast = part == "B" and isinstance(module, LoraLinear)
+                groups[fast]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
 def is_zero_adapter(model: nn.Module, name: str = "default") -> bool:
-    """True when every B is exactly 0: the adapted model is then the base, bit for bit."""
-    return not any(bool(layer.B[name].any()) for _, layer in _require(model, name))
+    """True when the adapted model is the base, bit for bit, as a fresh adapter leaves it."""
+    return all(module.is_zero(name) for _, module in require(model, name))
 
 
 def copy_adapter(model: nn.Module, src: str, dst: str) -> None:
@@ -167,10 +188,10 @@ def copy_adapter(model: nn.Module, src: str, dst: str) -> None:
 
     It is the reference of a run whose adapter does not start at 0.
     """
-    layers = _require(model, src)
+    modules = require(model, src)
     _check_new_name(model, dst)
-    for _, layer in layers:
-        layer.copy(src, dst)
+    for _, module in modules:
+        module.copy(src, dst)
 
 
 def merge_lora(model: nn.Module, name: str = "default") -> MergeReport:
@@ -178,17 +199,19 @@ def merge_lora(model: nn.Module, name: str = "default") -> MergeReport:
 
     The adapter must be the active one. Until `unmerge` the base alone cannot be had.
     """
-    layers = _require(model, name)
-    for _, layer in lora_layers(model):
+    layers: Any = require(model, name)
+    for _, layer in adapted_modules(model):
+        if isinstance(layer, SavedModule) or isinstance(layer.base, NF4Linear):
+            raise InputError("only LoRA on dense weights can be merged")
         if layer.merged is not None:
             raise InputError(f'adapter "{layer.merged}" is merged already; unmerge it first')
         if layer.active != name:
             raise InputError(f'"{name}" is not active; merge it inside adapters(model, "{name}")')
     lost = {}
     for path, layer in layers:
-        old, delta = layer.base.weight.data, layer.delta(name)
-        wide = old.to(torch.promote_types(old.dtype, torch.float32))
-        new = (wide + delta).to(old.dtype)
+        old, merged = layer.base.weight.data, layer.merged_weight(name)
+        wide = old.to(merged.dtype)
+        new, delta = merged.to(old.dtype), merged - wide
         error = (new.to(wide.dtype) - wide - delta).norm() / delta.norm()
         lost[path] = error.item() if delta.any() else 0.0
         layer.base.weight.data, layer.unmerged_weight, layer.merged = new, old, name
@@ -197,7 +220,7 @@ def merge_lora(model: nn.Module, name: str = "default") -> MergeReport:
 
 def unmerge(model: nn.Module, name: str = "default") -> None:
     """Gives the base the very weights back that it had before merge_lora."""
-    layers = [layer for _, layer in _require(model, name) if layer.merged == name]
+    layers = [layer for _, layer in require(model, name) if layer.merged == name]
     if not layers:
         raise InputError(f'adapter "{name}" is not merged; there is nothing to unmerge')
     for layer in layers:
@@ -208,25 +231,44 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
 
 def unload_lora(model: nn.Module) -> None:
     """Puts the base layers back in place: with what is merged into them, without the adapters."""
-    for path, layer in lora_layers(model):
-        _replace(model, path, layer.base)
+    for path, module in adapted_modules(model):
+        _replace(model, path, module.base)
 
 
-def _require(model: nn.Module, name: str) -> list[tuple[str, LoraLinear]]:
-    """The layers that have adapter `name`; InputError when there are none."""
-    layers = [(path, layer) for path, layer in lora_layers(model) if name in layer.scaling]
-    if not layers:
+def require(model: nn.Module, name: str) -> list[tuple[str, Adapted]]:
+    """The modules that have adapter `name`; InputError when there are none."""
+    modules = [(path, module) for path, module in adapted_modules(model) if name in module.names]
+    if not modules:
         known = ", ".join(adapter_names(model)) or "none"
         raise InputError(f'the model has no adapter "{name}"; it has: {known}')
-    return layers
+    return modules
 
 
 def _check_new_name(model: nn.Module, name: str) -> None:
     # It becomes part of parameter names, and an attribute of a ParameterDict.
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.ParameterDict(), name):
+    if (
+        not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)
+        or hasattr(nn.ModuleDict(), name)
+        or hasattr(nn.ParameterDict(), name)
+    ):
         raise InputError(f'"{name}" cannot name an adapter; use letters, digits, "_" and "-"')
     if name in adapter_names(model):
         raise InputError(f'the model has an adapter "{name}" already; choose another name')
+
+
+def _parameters(model: nn.Module) -> int:
+    """Their number; a weight in 4 bits counts as many as it stands for."""
+    total = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            stored = module.weight.numel() + module.scales.numel()
+            total += math.prod(dense_shape(module)) - stored
+    return total
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,14 +7,12 @@ M = rows (tokens); in, out = features of the layer; r = rank; g = dL/dy.
 
 A and B are float32 masters whatever the model's dtype: at the learning rates of preference training
 a bf16 A does not move. They are cast to the dtype of the computation in each call; x never is, and
-of the activations only x and h are kept for backward.
+of the activations only x and h are kept for backward. W may be stored in 4 bits (QLoRA, Dettmers et
+al. 2023, arXiv 2305.14314): then it is dequantised in forward and again in backward.
 """
 
 import math
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,142 +20,117 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prefopt import dispatch
-from prefopt.errors import InputError
+from prefopt.nn import dora, pissa
+from prefopt.nn.adapted import Adapted, Masters, compute_dtype
+from prefopt.nn.lora_config import ALL_LINEAR, LoraConfig
+from prefopt.nn.nf4_linear import NF4Linear, dense_weight, frozen_tensors
 
-ALL_LINEAR = "all-linear"
+__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "is_conv1d"]
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What to adapt and how; a bad value raises InputError.
+class LoraLinear(Adapted):
+    """A frozen linear layer (nn.Linear, NF4Linear or transformers' Conv1D) and its adapters.
 
-    targets: "all-linear" (every linear layer but the output embedding), a list of names (a module
-    matches when its name is one of them or ends in ".<name>"), or a regular expression that matches
-    the whole module name. dropout: on the input of A, in training. init: of A, "kaiming" (uniform
-    in +-1/sqrt(in)) or "gaussian" (standard deviation 1/r); B is 0, so that the start is the base.
+    With B = 0: bitwise base(x). `m`: the magnitudes of the adapters that have them (DoRA).
+    `A0`, `B0`: the start of those that start elsewhere than at B = 0 (PiSSA).
     """
 
-    r: int = 16
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: str | list[str] = ALL_LINEAR
-    use_rslora: bool = False
-    init: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        checks = {
-            "r": (_is_number(self.r, int) and self.r >= 1, "a whole number of at least 1"),
-            "alpha": (_is_number(self.alpha) and 0 < self.alpha < math.inf, "a number above 0"),
-            "dropout": (
-                _is_number(self.dropout) and 0 <= self.dropout < 1,
-                "a number of at least 0 and below 1",
-            ),
-            "targets": (
-                _are_targets(self.targets),
-                '"all-linear", a list of module names, or a valid regular expression',
-            ),
-            "use_rslora": (isinstance(self.use_rslora, bool), "true or false"),
-            "init": (self.init in ("kaiming", "gaussian"), '"kaiming" or "gaussian"'),
-        }
-        for key, (good, allowed) in checks.items():
-            if not good:
-                raise InputError(f"lora.{key} is {getattr(self, key)!r}; it must be {allowed}")
-
-    @property
-    def scaling(self) -> float:
-        """s"""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer (nn.Linear or transformers' Conv1D) and its adapters, one active.
-
-    `active` None, or a name this layer does not have: exactly base(x). With B = 0: bitwise base(x).
-    """
-
-    unmerged_weight: Tensor | None
-
-    def __init__(self, base: nn.Linear, active: str | None = None) -> None:
-        super().__init__()
-        self.base = base
-        self.A = nn.ParameterDict()
-        self.B = nn.ParameterDict()
-        self.configs: dict[str, LoraConfig] = {}
+    def __init__(self, base: nn.Linear | NF4Linear, active: str | None = None) -> None:
+        super().__init__(base, active)
+        self.A, self.B, self.m = Masters(), Masters(), Masters()
+        self.A0, self.B0 = Masters(), Masters()
         self.scaling: dict[str, float] = {}
-        self.active = active
-        self.merged: str | None = None
         self.transposed = is_conv1d(base)
-        # The weight before a merge: a buffer, so that it follows the module to another device.
-        self.register_buffer("unmerged_weight", None, persistent=False)
-        self.train(base.training)  # an adapter added to a model in evaluation drops nothing
+        self._squares: tuple[tuple[object, ...], Tensor] | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # model code may ask a layer for its dtype or device
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def add(self, name: str, config: LoraConfig) -> None:
-        """Adds adapter `name`: B = 0, A from torch's global CPU generator on every device."""
-        rows, columns = self.base.weight.shape
-        out, width = (columns, rows) if self.transposed else (rows, columns)
-        A = torch.empty(config.r, width, dtype=torch.float32, device="cpu")
-        if config.init == "kaiming":
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    def add(self, name: str, config: LoraConfig, path: str = "") -> None:
+        """Adds adapter `name`: random numbers are those of torch's CPU generator everywhere."""
+        r, s = config.rank(path), config.scale(path)
+        out, width = dense_shape(self.base)
+        device = self.base.weight.device
+        if config.init == "pissa":
+            A, B = pissa.principal(dora.dense_rows(self.base, self.transposed), r, s)
+            self.A0.put(name, A.clone(), trainable=False)
+            self.B0.put(name, B.clone(), trainable=False)
         else:
-            nn.init.normal_(A, std=1 / config.r)
-        self._put(name, config, A, torch.zeros(out, config.r, dtype=torch.float32), True)
+            A = torch.empty(r, width, dtype=torch.float32, device="cpu")
+            if config.init == "kaiming":
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            else:
+                nn.init.normal_(A, std=1 / r)
+            B = torch.zeros(out, r, dtype=torch.float32)
+        self.A.put(name, A.to(device), trainable=True)
+        self.B.put(name, B.to(device), trainable=True)
+        self.configs[name], self.scaling[name] = config, s
+        if config.use_dora:
+            self.m.put(name, self.row_norms(name), trainable=True)
 
-    def copy(self, src: str, dst: str) -> None:
-        """Adds `dst`, a frozen copy of `src` without dropout."""
-        A, B = self.A[src].detach().clone(), self.B[src].detach().clone()
-        self._put(dst, replace(self.configs[src], dropout=0.0), A, B, False)
+    def _copy_tensors(self, src: str, dst: str) -> None:
+        super()._copy_tensors(src, dst)
+        self.scaling[dst] = self.scaling[src]
 
+    def parts(self, name: str) -> dict[str, nn.Parameter]:
+        """A and B, and m where there is one"""
+        groups = {"A": self.A, "B": self.B, "m": self.m}
+        return {part: group[name] for part, group in groups.items() if name in group}
+
+    def is_zero(self, name: str) -> bool:
+        if name in self.A0:
+            start = ((self.A, self.A0), (self.B, self.B0))
+            zero = all(torch.equal(now[name], first[name]) for now, first in start)
+        else:
+            zero = not self.B[name].any()
+        return zero and (name not in self.m or torch.equal(self.m[name], self.row_norms(name)))
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] such that the layer adds s B A to W; of PiSSA with 2 r."""
+        A, B = self.A[name], self.B[name]
+        if name in self.A0:
+            return pissa.change(A, B, self.A0[name], self.B0[name])
+        return A, B
+
+    @torch.no_grad()
+    def row_norms(self, name: str) -> Tensor:
+        """||W + s B A|| of each output, [out] float32"""
+        weight: Any = self.base.weight
+        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = key, dora.squares(self.base, self.transposed)
+        A, B = self.factors(name)
+        return dora.row_norms(
+            self.base, self.transposed, self._squares[1], A, B, self.scaling[name]
+        )
+
+    @torch.no_grad()
     def delta(self, name: str) -> Tensor:
         """s B A in float32, in the layout of the base weight."""
-        delta = (self.B[name].detach() @ self.A[name].detach()).mul_(self.scaling[name])
+        A, B = self.factors(name)
+        delta = (B @ A).mul_(self.scaling[name])
         return delta.t() if self.transposed else delta
+
+    @torch.no_grad()
+    def merged_weight(self, name: str) -> Tensor:
+        """W + s B A, for DoRA with its magnitudes, in float32 and the layout of the base weight."""
+        W = dense_weight(self.base, frozen_tensors(self.base), dora.weight_dtype(self.base))
+        W = W.to(torch.promote_types(W.dtype, torch.float32)) + self.delta(name)
+        if name in self.m:
+            c = 1 + dora.excess(self.m[name], self.row_norms(name))
+            W.mul_(c if self.transposed else c[:, None])
+        return W
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        name = self.active
-        if name is None or self.merged is not None or name not in self.scaling:
+        name = self.on
+        if name is None:
             return self.base(x)
-        weight, bias = self.base.weight, self.base.bias
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            raise InputError(
-                "a layer under a LoRA is trainable, but no gradient is computed for it; "
-                "freeze its weight and bias, or train the model in full"
-            )
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        self.refuse_trainable_base()
+        x = x.to(compute_dtype(x))
         dropout = self.configs[name].dropout if self.training else 0.0
-        scale = self.scaling[name]
-        return _Lora.apply(
-            x, self.A[name], self.B[name], weight, self.base, scale, dropout, self.transposed
-        )
-
-    def extra_repr(self) -> str:
-        return f"adapters={list(self.scaling)}, active={self.active!r}, merged={self.merged!r}"
-
-    def _put(self, name: str, config: LoraConfig, A: Tensor, B: Tensor, trainable: bool) -> None:
-        device = self.base.weight.device
-        self.A[name] = nn.Parameter(A.to(device), requires_grad=trainable)
-        self.B[name] = nn.Parameter(B.to(device), requires_grad=trainable)
-        self.configs[name] = config
-        self.scaling[name] = config.scaling
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Behind .to(), .half(), ...: masters follow to a device, but stay float32, bit for bit."""
-        masters = [(group, name, p.data) for group in (self.A, self.B) for name, p in group.items()]
-        super()._apply(fn, recurse)
-        for group, name, before in masters:
-            if group[name].dtype != before.dtype:
-                group[name].data = before.to(group[name].device)
-        return self
+        A, B = self.factors(name)
+        rest = self.base, self.transposed, self.scaling[name], dropout
+        if name in self.m:
+            return dora.product(x, A, B, self.m[name], self.row_norms(name), *rest)
+        return _Lora.apply(x, A, B, *rest)
 
 
 class _Lora(torch.autograd.Function):
@@ -172,11 +145,10 @@ class _Lora(torch.autograd.Function):
         x: Tensor,
         A: Tensor,
         B: Tensor,
-        weight: Tensor,
-        base: nn.Linear,
+        base: nn.Module,
+        transposed: bool,
         scale: float,
         dropout: float,
-        transposed: bool,
     ) -> Tensor:
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         y = base(x)
@@ -185,21 +157,26 @@ class _Lora(torch.autograd.Function):
         h = dispatch.mm_nt(x, A.to(x.dtype))
         y.view(-1, y.shape[-1]).addmm_(h, B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(
-            x if need_A else None, h if need_B else None, kept, A, B, weight if need_x else None
+            x if need_A else None,
+            h if need_B else None,
+            kept,
+            A,
+            B,
+            *(frozen_tensors(base) if need_x else ()),
         )
-        ctx.scale, ctx.dropout, ctx.transposed = scale, dropout, transposed
+        ctx.base, ctx.transposed, ctx.scale, ctx.dropout = base, transposed, scale, dropout
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, kept, A, B, weight = ctx.saved_tensors
+        x, h, kept, A, B, *frozen = ctx.saved_tensors
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         s, g = ctx.scale, grad.reshape(-1, grad.shape[-1])
         dx = dA = dB = None
         gB = dispatch.mm_nt(g, B.to(g.dtype).t())
         if need_x:
-            W = weight.to(g.dtype)  # a copy under autocast only
+            W = dense_weight(ctx.base, tuple(frozen), g.dtype)
             dx = dispatch.mm_nt(g, W if ctx.transposed else W.t())
             if kept is None:
                 dx.addmm_(gB, A.to(g.dtype), alpha=s)
@@ -212,7 +189,7 @@ class _Lora(torch.autograd.Function):
         if need_B:
             # As (h^T g)^T: on CPU a product with its long side last is the faster one.
             dB = (h.t() @ g).t().to(B.dtype, memory_format=torch.contiguous_format).mul_(s)
-        return dx, dA, dB, None, None, None, None, None
+        return dx, dA, dB, None, None, None, None
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -221,17 +198,11 @@ def is_conv1d(layer: nn.Module) -> bool:
     return module is not None and isinstance(layer, module.Conv1D)
 
 
-def _is_number(value: object, kind: Any = int | float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _are_targets(targets: object) -> bool:
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error:
-            return False
-        return bool(targets)
-    if not isinstance(targets, list | tuple):
-        return False
-    return bool(targets) and all(isinstance(name, str) and name for name in targets)
+def dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer of any kind, adapted or not."""
+    layer = layer.base if isinstance(layer, LoraLinear) else layer
+    if isinstance(layer, NF4Linear):
+        return layer.out_features, layer.in_features
+    weight: Any = layer.weight
+    rows, columns = weight.shape
+    return (columns, rows) if is_conv1d(layer) else (rows, columns)

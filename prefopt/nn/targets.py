@@ -1,61 +1,72 @@
-"""Which layers of a model an adapter goes to, and why not to the others."""
+"""Which modules of a model an adapter goes to, and why not to the others."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import Tensor, nn
 
 from prefopt.errors import InputError
-from prefopt.nn.lora_linear import ALL_LINEAR, LoraLinear, is_conv1d
+from prefopt.nn.adapted import base_modules
+from prefopt.nn.lora_config import ALL_LINEAR, LoraConfig, name_matches, pattern_matches
+from prefopt.nn.lora_embedding import LoraEmbedding, why_not_embedding
+from prefopt.nn.lora_linear import LoraLinear, dense_shape, is_conv1d
+from prefopt.nn.nf4_linear import NF4Linear
+from prefopt.nn.saved_module import SavedModule, why_not_saved
 
 
-def match_targets(model: nn.Module, targets: str | list[str]) -> tuple[list[str], dict[str, str]]:
-    """The modules that `targets` (see LoraConfig) selects, and those left out with the reason.
+@dataclass(frozen=True)
+class Selection:
+    """Module names in the order of the model: for LoRA, trained whole, and left out with why."""
 
-    Names in the order of the model. InputError for a pattern without a match, and for a match with
-    weights that cannot be adapted: not linear, quantised, or shared with another module.
+    lora: list[str]
+    saved: list[str]
+    skipped: dict[str, str]
+
+
+def select(model: nn.Module, config: LoraConfig) -> Selection:
+    """The modules that a configuration selects.
+
+    InputError for a name or pattern without a match, and for a match that cannot be adapted: of
+    another kind, with weights shared with another module, or unfit for the other settings.
     """
     modules = dict(base_modules(model))
-    chosen = _all_linear(modules) if targets == ALL_LINEAR else _matches(modules, targets)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     shared = _shared_weights(model)
+    saved = _saved(modules, shared, config.modules_to_save)
     names: list[str] = []
     skipped: dict[str, str] = {}
-    for name in chosen:
+    for name in _chosen(modules, config.targets):
         module = modules[name]
-        reason = why_not_linear(module)
+        reason = _why_excluded(name, config.exclude, saved)
+        if reason is None and config.targets == ALL_LINEAR:
+            reason = "it is the output embedding" if module is _head(model) else None
+        own = reason is None
+        reason = reason or why_not_adaptable(module)
         if reason is None and name in shared:
             reason = f"it shares its weight with {shared[name]}"
-        if targets == ALL_LINEAR and module is head:
-            reason = "it is the output embedding"
         if reason is None:
             names.append(name)
-        elif targets == ALL_LINEAR or next(module.parameters(recurse=False), None) is None:
-            # The latter is a container or a dropout that a regex happened to match.
+        elif not own or config.targets == ALL_LINEAR or _is_container(module):
             skipped[name] = reason
         else:
             raise InputError(f"LoRA cannot adapt {name}: {reason}; take it out of lora.targets")
     if not names:
-        raise InputError(f"lora.targets {targets!r} matches no linear layer; {_known(modules)}")
-    return names, skipped
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() without the model itself and without the inside of adapted layers."""
-    inside = None
-    for name, module in model.named_modules():
-        if name and not (inside and name.startswith(inside)):
-            inside = f"{name}." if isinstance(module, LoraLinear) else None
-            yield name, module
+        raise InputError(
+            f"lora.targets {config.targets!r} matches no linear layer; {_known(modules)}"
+        )
+    _check_excludes(config.exclude, modules, skipped)
+    _check_patterns(config, names)
+    _check_fit(config, modules, names)
+    return Selection(names, saved, skipped)
 
 
 def why_not_linear(module: nn.Module) -> str | None:
     """None for a linear layer that can be adapted (or is), else the reason."""
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLinear | NF4Linear):
         return None
     kind = type(module).__name__
+    if isinstance(module, SavedModule):
+        return "another adapter trains it in full"
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return f"a module of class {kind} is not a linear layer"
     weight = module.weight
@@ -64,38 +75,126 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def _all_linear(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if why_not_linear(module) is None]
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """None for a linear layer or an embedding that can be adapted (or is), else the reason."""
+    if isinstance(module, LoraEmbedding):
+        return None
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear(module)
 
 
-def _matches(modules: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
-    if isinstance(targets, str):
-        pattern = re.compile(targets)
-        return [name for name in modules if pattern.fullmatch(name)]
-    chosen: set[str] = set()
-    for target in targets:
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not found:
-            raise InputError(f'LoRA target "{target}" matches no module; {_known(modules, target)}')
-        chosen.update(found)
-    return [name for name in modules if name in chosen]
+def _chosen(modules: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
+    if targets == ALL_LINEAR:
+        return [name for name, module in modules.items() if why_not_linear(module) is None]
+    if not isinstance(targets, str):
+        for target in targets:
+            if not any(name_matches([target], name) for name in modules):
+                raise InputError(
+                    f'LoRA target "{target}" matches no module; {_known(modules, target)}'
+                )
+    return [name for name in modules if name_matches(targets, name)]
+
+
+def _saved(modules: dict[str, nn.Module], shared: dict[str, str], wanted: list[str]) -> list[str]:
+    for entry in wanted:
+        if not any(name_matches([entry], name) for name in modules):
+            raise InputError(
+                f'lora.modules_to_save "{entry}" matches no module; '
+                f"{_nearest(entry, {name.rpartition('.')[2] for name in modules})}"
+                "check the names of the model's modules"
+            )
+    names = [name for name in modules if name_matches(list(wanted), name)]
+    for name in names:
+        module = modules[name]
+        reason = None if isinstance(module, SavedModule) else why_not_saved(module)
+        for inner, other in shared.items():
+            if f"{inner}.".startswith(f"{name}.") and not f"{other}.".startswith(f"{name}."):
+                reason = f"it shares its weight with {other}"
+        if any(name.startswith(f"{outer}.") for outer in names):
+            reason = "it lies in another one of them"
+        if reason is not None:
+            raise InputError(
+                f"{name} cannot be trained in full: {reason}; take it out of lora.modules_to_save"
+            )
+    return names
+
+
+def _why_excluded(name: str, exclude: str | list[str], saved: list[str]) -> str | None:
+    if exclude and name_matches(exclude, name):
+        return "it is in lora.exclude"
+    if any(f"{name}.".startswith(f"{module}.") for module in saved):
+        return "it is in lora.modules_to_save"
+    return None
+
+
+def _check_excludes(
+    exclude: str | list[str], modules: dict[str, nn.Module], skipped: dict[str, str]
+) -> None:
+    """A name that keeps nothing out is a mistake in writing."""
+    for entry in [exclude] if isinstance(exclude, str) else exclude:
+        names: str | list[str] = entry if isinstance(exclude, str) else [entry]
+        if not any(name_matches(names, name) for name in skipped):
+            leaves = {name.rpartition(".")[2] for name in modules}
+            raise InputError(
+                f'lora.exclude "{entry}" keeps no target out; {_nearest(entry, leaves)}'
+                "take it out or correct it"
+            )
+
+
+def _check_patterns(config: LoraConfig, names: list[str]) -> None:
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting):
+            if not any(pattern_matches(key, name) for name in names):
+                leaves = {name.rpartition(".")[2] for name in names}
+                raise InputError(
+                    f'lora.{setting} "{key}" matches no adapted layer; {_nearest(key, leaves)}'
+                    f"the adapted layers are {', '.join(sorted(leaves))}"
+                )
+
+
+def _check_fit(config: LoraConfig, modules: dict[str, nn.Module], names: list[str]) -> None:
+    for name in names:
+        module = modules[name]
+        if isinstance(module, nn.Embedding | LoraEmbedding):
+            if config.use_dora:
+                raise InputError(
+                    f"lora.use_dora does not go with the embedding {name}: the length of a row of "
+                    "the whole vocabulary would be taken in each step; leave one of them out"
+                )
+        elif config.init == "pissa" and config.rank(name) > min(dense_shape(module)):
+            raise InputError(
+                f'lora.init "pissa" takes at most {min(dense_shape(module))} singular values of '
+                f"{name}, and its rank is {config.rank(name)}; lower lora.r or set a rank_pattern"
+            )
+
+
+def _is_container(module: nn.Module) -> bool:
+    """A block or a dropout, which a regular expression may happen to match."""
+    return next(module.parameters(recurse=False), None) is None
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _known(modules: dict[str, nn.Module], target: str = "") -> str:
     """What could have been meant: the nearest name first, then all."""
-    leaves = sorted({name.rpartition(".")[2] for name in _all_linear(modules)})
-    near = get_close_matches(target, leaves, n=1)
-    guess = f'did you mean "{near[0]}"? ' if near else ""
-    return f"{guess}the model's linear layers are {', '.join(leaves) or 'none'}"
+    linear = (name for name, module in modules.items() if why_not_linear(module) is None)
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    return f"{_nearest(target, leaves)}the model's linear layers are {', '.join(leaves) or 'none'}"
+
+
+def _nearest(name: str, known: set[str] | list[str]) -> str:
+    near = get_close_matches(name, sorted(known), n=1)
+    return f'did you mean "{near[0]}"? ' if near else ""
 
 
 def _shared_weights(model: nn.Module) -> dict[str, str]:
     """Module name -> the name of another module with the very same weight."""
     owners: defaultdict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners[id(weight)].append(name)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
     return {
         name: names[1] if name == names[0] else names[0]
         for names in owners.values()
