@@ -38,6 +38,11 @@ def packed(n, block, seed=0):
     return codes, absmax, codebook
 
 
+def decode(codes, absmax, codebook, block, out):
+    """With scales in float32."""
+    return nf4_cpu.decode(codes, absmax, None, None, torch.zeros(256), codebook, block, out)
+
+
 def formula(codes, absmax, codebook, block, n, dtype):
     nibbles = torch.stack([codes >> 4, codes & 15], 1).flatten()[:n].long()
     return (codebook[nibbles] * absmax.repeat_interleave(block)[:n]).to(dtype)
@@ -47,7 +52,7 @@ def check(n, block, dtype, seed=0, change=lambda *t: None):
     codes, absmax, codebook = packed(n, block, seed)
     change(codes, absmax, codebook)
     out = torch.full((n + 8,), 7.0, dtype=dtype)
-    assert nf4_cpu.decode(codes, absmax, codebook, block, out[:n])
+    assert decode(codes, absmax, codebook, block, out[:n])
     want = formula(codes, absmax, codebook, block, n, dtype)
     torch.testing.assert_close(out[:n], want, rtol=0, atol=0, equal_nan=True)
     assert (out[:n].signbit() == want.signbit())[~want.isnan()].all()  # -0.0 too
@@ -60,6 +65,22 @@ def check(n, block, dtype, seed=0, change=lambda *t: None):
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 63, 64, 65, 95, 127, 128, 4096, 4111])
 def test_bits(n, block, dtype):
     check(n, block, dtype, seed=n)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 700])
+def test_scales_in_eight_bits(blocks, dtype):
+    """Decoded with two roundings: a fused multiply-add would differ in many of them."""
+    n, generator = 64 * blocks - 5, torch.Generator().manual_seed(blocks)
+    codes, _, codebook = packed(n, 64)
+    scales = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+    nested = torch.rand(-(-blocks // 256), generator=generator)
+    dynamic, offset = torch.randn(256, generator=generator), torch.tensor(0.3)
+    out = torch.empty(n, dtype=dtype)
+    assert nf4_cpu.decode(codes, scales, nested, offset, dynamic, codebook, 64, out)
+    absmax = dynamic[scales.long()] * nested.repeat_interleave(256)[:blocks] + offset
+    assert torch.equal(out, formula(codes, absmax, codebook, 64, n, dtype))
 
 
 @needs_compiler
@@ -86,7 +107,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
     codebook = torch.ones(16)
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20])
     out = torch.empty(4 * 64, dtype=torch.bfloat16)
-    assert nf4_cpu.decode(torch.zeros(128, dtype=torch.uint8), ties, codebook, 64, out)
+    assert decode(torch.zeros(128, dtype=torch.uint8), ties, codebook, 64, out)
     assert out[::64].tolist() == [1.0, 1 + 2**-6, -1.0, 1 + 2**-7]
 
 
@@ -117,7 +138,7 @@ def test_without_a_compiler_it_says_no_and_why(rebuilt, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     codes, absmax, codebook = packed(64, 64)
-    assert nf4_cpu.decode(codes, absmax, codebook, 64, torch.empty(64)) is False
+    assert decode(codes, absmax, codebook, 64, torch.empty(64)) is False
     assert "no C compiler" in str(nf4_cpu.why_not())
 
 
@@ -131,7 +152,7 @@ def test_dtypes_it_has_not_are_left_to_torch():
     codes, absmax, codebook = packed(64, 64)
     for dtype in (torch.float16, torch.float64):
         out = torch.empty(64, dtype=dtype)
-        assert nf4_cpu.decode(codes, absmax, codebook, 64, out) is False
+        assert decode(codes, absmax, codebook, 64, out) is False
 
 
 @needs_compiler
@@ -142,7 +163,9 @@ import os, torch
 from prefopt.nn import nf4_cpu
 n = 2 * nf4_cpu._PER_THREAD
 codes, out = torch.zeros(n // 2, dtype=torch.uint8), torch.empty(n)
-def decode(): return nf4_cpu.decode(codes, torch.ones(n // 64), torch.ones(16), 64, out)
+def decode():
+    ones = torch.ones(n // 64)
+    return nf4_cpu.decode(codes, ones, None, None, torch.ones(256), torch.ones(16), 64, out)
 assert decode()
 pid = os.fork()
 if pid == 0:

@@ -238,17 +238,18 @@ def _hurts(scales: Tensor, decoded: Tensor) -> bool:
 
 def _decode(p: Packed4, out: Tensor, between: torch.dtype, compiled: bool) -> None:
     """Into out [n]: in one call where one rounding does, else piece by piece."""
-    scales, book = absmax(p), _codebook(p.kind, out.device)
-    direct = between in (torch.float32, out.dtype)
-    if compiled and direct and nf4_cpu.decode(p.codes, scales, book, p.block, out):
+    book, direct = _codebook(p.kind, out.device), between in (torch.float32, out.dtype)
+    rest = _dynamic(out.device), book, p.block
+    if compiled and direct and nf4_cpu.decode(p.codes, p.scales, p.nested, p.offset, *rest, out):
         return
+    scales = absmax(p)
     step = _DECODE if out.device.type == "cpu" else 1 << 24
     for begin in range(0, len(out), step):
         part = out[begin : begin + step]
         codes = p.codes[begin // 2 : (begin + step) // 2]
         a = scales[begin // p.block : (begin + step) // p.block]
         x = part if direct else torch.empty_like(part, dtype=between)
-        if not compiled or not nf4_cpu.decode(codes, a, book, p.block, x):
+        if not compiled or not nf4_cpu.decode(codes, a, None, None, *rest, x):
             _look_up(codes, a, p.kind, p.block, x)
         if x is not part:
             part.copy_(x)

@@ -1,6 +1,7 @@
-/* 4-bit codes -> float32 or bfloat16, for the CPU: out[i] = round(table[code i] * scale[i / block]).
+/* 4-bit codes -> float32 or bfloat16, for the CPU: out[i] = round(table[code i] * a[i / block]).
 
-   The product is taken in float32 and rounded once, so the bits are those of the torch
+   The scale a of a block is a float32, or of 8 bits: a = dynamic[k] * nested[block / 256] + offset.
+   Every operation is rounded to float32 on its own, so the bits are those of the torch
    specification (nf4.py). The first of two codes stands in the high half of its byte. Compiled at
    first use by nf4_cpu.py; without AVX-512 the plain loops below serve, in the same bits. */
 #include <pthread.h>
@@ -14,10 +15,17 @@
 
 typedef struct {
     const uint8_t *codes;
-    const float *scale, *table;
+    const void *scales; /* uint8 if nested, else float32 */
+    const float *nested, *dynamic, *table;
+    float offset;
     void *out;
     long n, block, begin, end; /* elements, elements per scale, range of blocks */
 } Job;
+
+static float scale_of(const Job *job, long b) {
+    if (!job->nested) return ((const float *)job->scales)[b];
+    return job->dynamic[((const uint8_t *)job->scales)[b]] * job->nested[b / 256] + job->offset;
+}
 
 /* To bfloat16: to nearest, ties to even; a NaN stays one. */
 #ifdef WIDE
@@ -45,7 +53,7 @@ static void decode_f32(const Job *job, long b) {
     const long count = from + job->block < job->n ? job->block : job->n - from;
     const uint8_t *codes = job->codes + from / 2;
     float *out = (float *)job->out + from;
-    const float scale = job->scale[b];
+    const float scale = scale_of(job, b);
     long i = 0;
 #ifdef WIDE
     const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(job->table), _mm512_set1_ps(scale));
@@ -66,10 +74,11 @@ static void decode_bf16(const Job *job, long b) {
     const long from = b * job->block;
     const long count = from + job->block < job->n ? job->block : job->n - from;
     const uint8_t *codes = job->codes + from / 2;
+    const float scale = scale_of(job, b);
     uint16_t *out = (uint16_t *)job->out + from, table[16];
     long i = 0;
 #ifdef WIDE
-    const __m512i wide = bf16_table(job->table, job->scale[b]);
+    const __m512i wide = bf16_table(job->table, scale);
     _mm256_storeu_si256((__m256i *)table, _mm512_castsi512_si256(wide));
     for (; i + 32 <= count; i += 32) { /* a byte to 32 bits, its halves to 16 each */
         __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
@@ -78,7 +87,7 @@ static void decode_bf16(const Job *job, long b) {
         _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, wide));
     }
 #else
-    for (int k = 0; k < 16; k++) table[k] = to_bf16(job->table[k] * job->scale[b]);
+    for (int k = 0; k < 16; k++) table[k] = to_bf16(job->table[k] * scale);
 #endif
     for (; i < count; i++) {
         const int shift = i & 1 ? 0 : 4;
@@ -97,8 +106,9 @@ static void *run_bf16(void *job) {
 }
 
 /* block is even. Threads live for this call only: nothing is left behind that a fork could break. */
-void decode(const uint8_t *codes, const float *scale, const float *table, void *out, long n,
-            long block, int bf16, int threads) {
+void decode(const uint8_t *codes, const void *scales, const float *nested, const float *offset,
+            const float *dynamic, const float *table, void *out, long n, long block, int bf16,
+            int threads) {
     enum { MOST = 64 };
     void *(*run)(void *) = bf16 ? run_bf16 : run_f32;
     const long blocks = (n + block - 1) / block;
@@ -107,7 +117,7 @@ void decode(const uint8_t *codes, const float *scale, const float *table, void *
     int ok[MOST] = {0};
     if (threads > MOST) threads = MOST;
     for (int t = 0; t < threads; t++) {
-        jobs[t] = (Job){codes, scale, table, out, n, block,
+        jobs[t] = (Job){codes, scales, nested, dynamic, table, nested ? *offset : 0, out, n, block,
                         blocks * t / threads, blocks * (t + 1) / threads};
         if (t + 1 < threads) ok[t] = !pthread_create(&started[t], 0, run, &jobs[t]);
         if (!ok[t]) run(&jobs[t]); /* the last range, or no thread to be had */

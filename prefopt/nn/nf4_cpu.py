@@ -25,22 +25,37 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pth
 _PER_THREAD = 1 << 20  # elements for which starting a thread (some 15 us) is worth it
 
 
-def decode(codes: Tensor, absmax: Tensor, codebook: Tensor, block: int, out: Tensor) -> bool:
-    """out[i] = round(codebook[code i] * absmax[i // block]); False when this cannot be done here.
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    dynamic: Tensor,
+    codebook: Tensor,
+    block: int,
+    out: Tensor,
+) -> bool:
+    """out[i] = round(codebook[code i] * scale[i // block]); False when this cannot be done here.
 
-    codes uint8 [ceil(n / 2)], absmax float32 [ceil(n / block)], codebook float32 [16], out of n
-    elements in float32 or bfloat16; all contiguous, on the CPU.
+    The first four as in Packed4, dynamic and codebook float32 [256] and [16], out of n elements in
+    float32 or bfloat16; all contiguous, on the CPU.
     """
     if out.dtype not in (torch.float32, torch.bfloat16) or why_not() is not None:
         return False
     n = out.numel()
+    blocks = -(-n // block)
     assert codes.dtype == torch.uint8 and codes.numel() == (n + 1) // 2 and block % 2 == 0
-    assert absmax.dtype == codebook.dtype == torch.float32 and codebook.numel() == 16
-    assert absmax.numel() == -(-n // block)
-    tensors = (codes, absmax, codebook, out)
-    assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+    assert scales.numel() == blocks
+    assert scales.dtype == (torch.float32 if nested is None else torch.uint8)
+    assert nested is None or nested.numel() == -(-blocks // 256)
+    assert dynamic.numel() == 256 and codebook.numel() == 16
+    tensors = (codes, scales, nested, offset, dynamic, codebook, out)
+    for t in tensors:
+        assert t is None or (t.is_contiguous() and t.device.type == "cpu")
+    for t in (nested, offset, dynamic, codebook):
+        assert t is None or t.dtype == torch.float32
     threads = max(1, min(torch.get_num_threads(), n // _PER_THREAD))
-    pointers = (t.data_ptr() for t in tensors)
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
     _library().decode(*pointers, n, block, out.dtype == torch.bfloat16, threads)
     return True
 
@@ -59,7 +74,7 @@ def why_not() -> str | None:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.decode.argtypes = [pointer] * 4 + [number, number, ctypes.c_int, ctypes.c_int]
+    library.decode.argtypes = [pointer] * 7 + [number, number, ctypes.c_int, ctypes.c_int]
     library.decode.restype = None
     return library
 
