@@ -186,12 +186,18 @@ def read_bnb(files: TensorFiles) -> Iterator[tuple[str, Packed4 | Tensor]]:
     """load_bnb one weight at a time; all names are checked before the first one is read."""
     check_config(files.folder)
     packed = _packed_names(files)
-    belongs = {f"{name}.{part}" for name, parts in packed.items() for part in parts}
-    for name in files.names:
+    for name in weight_names(files):
         if name in packed:
             yield name, _decode(files, name, packed[name])
-        elif name not in belongs:
+        else:
             yield name, files.read(name)[0]
+
+
+def weight_names(files: TensorFiles) -> list[str]:
+    """The names of the tensors that the model has, 4-bit ones and others."""
+    packed = _packed_names(files)
+    parts = {f"{name}.{part}" for name, parts in packed.items() for part in parts}
+    return [name for name in files.names if name not in parts]
 
 
 def check_config(folder: Path) -> None:
