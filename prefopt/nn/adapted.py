@@ -19,7 +19,7 @@ class Adapted(nn.Module):
     """
 
     base: Any
-    unmerged_weight: Tensor | None
+    unmerged: nn.Module | None
 
     def __init__(self, base: nn.Module, active: str | None = None) -> None:
         super().__init__()
@@ -27,8 +27,7 @@ class Adapted(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.active = active
         self.merged: str | None = None
-        # The weight before a merge: a buffer, so that it follows the module to another device.
-        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_module("unmerged", None)  # the base before a merge
         self.train(base.training)  # an adapter added to a model in evaluation drops nothing
 
     def __getattr__(self, name: str) -> Any:

@@ -7,8 +7,7 @@ With dropout, x' = dropout(x), as PEFT has it: y = x W^T + b + (c - 1) x' W^T + 
 Neither B A nor a float32 copy of W is ever formed:
     n^2 = ||W||^2 + 2 s sum((W A^T) * B) + s^2 sum((B (A A^T)) * B)
 with ||W||^2 taken once and W A^T block of rows by block of rows. Everything is computed from c - 1,
-which is exactly 0 at the start, so that with B = 0 the layer is bitwise the base, and which has
-all its digits in 16 bits.
+which is exactly 0 at the start, so that with B = 0 the layer is bitwise the base.
 """
 
 from collections.abc import Iterator

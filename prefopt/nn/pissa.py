@@ -21,9 +21,10 @@ def principal(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """
     U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
     # A pair of singular vectors has two signs; the same one on every machine.
-    largest = U[:, :r].abs().argmax(0, keepdim=True)
-    root = (S[:r] / scale).sqrt() * U.gather(1, largest)[0, :r].sign()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    U = U[:, :r]
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True))[0].sign()
+    root = (S[:r] / scale).sqrt() * signs
+    return root[:, None] * Vh[:r], U * root
 
 
 def change(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,11 @@ class SavedModule(Adapted):
         self.copies = _Copies()
 
     def __getattr__(self, name: str) -> Any:
-        if "copies" in self.__dict__.get("_modules", {}):
-            adapter, own = self.on, self.base._parameters.get(name)
+        modules = self.__dict__.get("_modules", {})
+        if name not in modules and "copies" in modules:
+            adapter, own = self.on, modules["base"]._parameters.get(name)
             if adapter is not None and own is not None:
-                master = self.copies[adapter].get_parameter(name)
-                return master.to(own.dtype)
+                return modules["copies"][adapter].get_parameter(name).to(own.dtype)
         return super().__getattr__(name)
 
     def add(self, name: str, config: LoraConfig, path: str = "") -> None:

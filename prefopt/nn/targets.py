@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from prefopt.errors import InputError
-from prefopt.nn.adapted import base_modules
+from prefopt.nn.adapted import Adapted, base_modules
 from prefopt.nn.lora_config import ALL_LINEAR, LoraConfig, name_matches, pattern_matches
 from prefopt.nn.lora_embedding import LoraEmbedding, why_not_embedding
 from prefopt.nn.lora_linear import LoraLinear, dense_shape, is_conv1d
@@ -169,7 +169,8 @@ def _check_fit(config: LoraConfig, modules: dict[str, nn.Module], names: list[st
 
 def _is_container(module: nn.Module) -> bool:
     """A block or a dropout, which a regular expression may happen to match."""
-    return next(module.parameters(recurse=False), None) is None
+    own = next(module.parameters(recurse=False), None)
+    return own is None and not isinstance(module, Adapted)
 
 
 def _head(model: nn.Module) -> nn.Module | None:
