@@ -173,14 +173,15 @@ def test_a_weight_is_rounded_to_its_own_dtype_first(dtype, impl):
         assert torch.equal(got, exact.to(dtype).to(got.dtype))
 
 
+@pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 640, 1001])
-def test_pieces_make_no_difference(monkeypatch, n):
+def test_pieces_make_no_difference(monkeypatch, n, block):
     w = weight((n,), torch.bfloat16)
-    whole = quantize_nf4(w, search="signed")
+    whole = quantize_nf4(w, block=block, search="signed")
     values = {d: dequantize_nf4(whole, d) for d in (torch.bfloat16, torch.float32, torch.float16)}
-    monkeypatch.setattr(nf4, "_ENCODE", 64)
+    monkeypatch.setattr(nf4, "_ENCODE", 128)
     monkeypatch.setattr(nf4, "_DECODE", 128)
-    pieces = quantize_nf4(w, search="signed")
+    pieces = quantize_nf4(w, block=block, search="signed")
     assert torch.equal(pieces.codes, whole.codes) and torch.equal(pieces.scales, whole.scales)
     for dtype, value in values.items():
         for impl in ("auto", "torch"):
@@ -209,7 +210,8 @@ def test_float64_is_quantised_as_float32():
 
 def test_a_weight_that_is_not_contiguous_or_requires_grad():
     w = torch.nn.Parameter(weight((64, 96)))
-    p, q = quantize_nf4(w.t()), quantize_nf4(w.detach().t().contiguous())
+    p = quantize_nf4(w.t(), double=False)
+    q = quantize_nf4(w.detach().t().contiguous(), double=False)
     assert torch.equal(p.codes, q.codes) and not p.scales.requires_grad
 
 
@@ -364,3 +366,15 @@ def test_the_same_bits_on_a_gpu(dtype, double):
     for out in FLOATS:
         for impl in ("auto", "torch"):
             assert torch.equal(dequantize_nf4(moved, out, impl=impl).cpu(), dequantize_nf4(p, out))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU then")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"double": False}, {"kind": "fp4"}, {"block": 128}])
+def test_the_kernel_is_reached_and_has_the_same_bits(dtype, options):
+    pytest.importorskip("triton")
+    p = quantize_nf4(weight((9, 35), dtype), **options)
+    for out in FLOATS:
+        assert torch.equal(dequantize_nf4(p, out, impl="triton"), dequantize_nf4(p, out))
+    with pytest.raises(InputError, match="impl is one of 'auto', 'torch', 'triton'"):
+        dequantize_nf4(p, impl="compiled")

@@ -94,9 +94,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: NF4Linear, *tensors: Tensor):
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*tensors)
-        ctx.layer, ctx.bias = layer, None if bias is None else bias.dtype
+        ctx.save_for_backward(*tensors)
+        ctx.layer = layer
         if x.shape[-1] != layer.in_features:
             raise RuntimeError(f"x is {list(x.shape)}, but the layer takes {layer.in_features}")
         W = dense_weight(layer, tensors, x.dtype)
@@ -114,7 +113,7 @@ class _Product(torch.autograd.Function):
             W = dense_weight(ctx.layer, ctx.saved_tensors, g.dtype)
             dx = dispatch.mm_nt(g, W.t()).view(*grad.shape[:-1], ctx.layer.in_features)
         if ctx.needs_input_grad[1]:
-            db = g.sum(0).to(ctx.bias)
+            db = g.sum(0)
         return (dx, db, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
