@@ -12,11 +12,8 @@ ones read it without a warning. There is one adapter per folder, and its name is
 A PiSSA adapter is stored as plain LoRA of twice the rank, which is right on the original base.
 """
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +25,16 @@ from prefopt.errors import InputError
 from prefopt.nn import pissa
 from prefopt.nn.adapted import Adapted, adapted_modules, base_modules
 from prefopt.nn.lora import LoraConfig, add_lora, require
-from prefopt.nn.lora_config import name_matches, pattern_matches
 from prefopt.nn.lora_embedding import LoraEmbedding
 from prefopt.nn.lora_linear import LoraLinear, dense_shape
+from prefopt.nn.peft_config import CONFIG, config_dict, only_matching, read_config
 from prefopt.nn.saved_module import SavedModule
 from prefopt.nn.targets import select
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
-
-# The keys of PEFT's configuration that load_adapter acts on, and those that change no result here.
-# Whatever else is set (a bias, single layers by number, a later version's idea) is refused.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"}
-_READ |= {"init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save"}
-_READ |= {"exclude_modules"}
-_NO_EFFECT = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out"}
-_NO_EFFECT |= {"inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision"}
-_NO_EFFECT |= {"task_type"}
-_UNSET = (None, False, "none", {}, [])
-# Initialisations that leave the base weights alone; after PiSSA and others the base is another one.
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
@@ -74,7 +58,7 @@ def save_adapter(
     }
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None)
-    config = _config(model, modules, name) | {
+    config = config_dict(model, modules, name) | {
         "base_model_name_or_path": base_model_name_or_path or None
     }
     folder = Path(dir)
@@ -104,7 +88,7 @@ def load_adapter(
     strict=False these two are returned, one line each; a missing tensor keeps what the model has.
     """
     folder = Path(dir)
-    config = _only_matching(model, read_config(folder))
+    config = only_matching(model, read_config(folder))
     tensors = load_tensors(folder / TENSORS)
     modules = {path: m for path, m in adapted_modules(model) if name in m.names}
     if modules:
@@ -127,47 +111,6 @@ def load_adapter(
                     parameter.copy_(tensor)
                 parameter.requires_grad_(trainable)
     return problems
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """The LoraConfig that the folder's adapter_config.json stands for."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {CONFIG}; check the path") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); save the adapter again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InputError(f'{path} does not describe a LoRA adapter ("peft_type": "LORA")')
-    for key in ("r", "lora_alpha", "target_modules"):
-        if config.get(key) is None:
-            raise InputError(f"{path} does not say {key}; save the adapter again")
-    for key, value in config.items():
-        if key not in _READ | _NO_EFFECT and value not in _UNSET:
-            raise InputError(f"{path} sets {key} to {value!r}, which is not supported yet")
-    init = config.get("init_lora_weights")
-    if init not in _PLAIN_INITS:
-        raise InputError(
-            f"{path} sets init_lora_weights to {init!r}, which changes the base weights and is not "
-            "supported yet; convert the adapter to plain LoRA"
-        )
-    try:
-        return LoraConfig(
-            r=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            targets=config["target_modules"],
-            use_rslora=config.get("use_rslora", False),
-            use_dora=config.get("use_dora", False),
-            exclude=config.get("exclude_modules") or [],
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-            modules_to_save=config.get("modules_to_save") or [],
-            init="gaussian" if init == "gaussian" else "kaiming",
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -199,100 +142,17 @@ def _keys(module: nn.Module, config: LoraConfig) -> dict[str, str]:
     return LINEAR if config.use_dora else {part: LINEAR[part] for part in ("A", "B")}
 
 
-def _config(model: nn.Module, modules: dict[str, Adapted], name: str) -> dict[str, Any]:
-    """adapter_config.json, but for the name of the base."""
-    lora = next(iter(modules.values())).configs[name]
-    saved = [path for path, module in modules.items() if isinstance(module, SavedModule)]
-    adapted = [path for path in modules if path not in saved]
-    twice = (1, 1)
-    if lora.init == "pissa":  # the rank doubles, and the scale stays
-        twice = (2, math.sqrt(2) if lora.use_rslora else 2)
-    transposed = (m.transposed for m in modules.values() if isinstance(m, LoraLinear))
-    config = {
-        "alpha_pattern": {k: _whole(v * twice[1]) for k, v in lora.alpha_pattern.items()},
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": any(transposed),
-        "inference_mode": True,
-        "init_lora_weights": "gaussian" if lora.init == "gaussian" else True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": _whole(lora.alpha * twice[1]),
-        "lora_dropout": lora.dropout,
-        "modules_to_save": _names(model, saved, _peft_saves) or None,
-        "peft_type": "LORA",
-        "r": lora.r * twice[0],
-        "rank_pattern": {k: v * twice[0] for k, v in lora.rank_pattern.items()},
-        "revision": None,
-        "target_modules": _names(model, adapted, _selects(lora.exclude, saved)),
-        "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
-    }
-    if lora.exclude:  # not a key of PEFT's early versions
-        config["exclude_modules"] = lora.exclude
-    return config
-
-
-def _whole(number: float) -> float:
-    return int(number) if number == int(number) else number
-
-
-def _names(model: nn.Module, chosen: list[str], rule: Callable[[str, str], bool]) -> list[str]:
-    """The last parts of the names where they select just these modules, else the full names."""
-    leaves = {path.rpartition(".")[2] for path in chosen}
-    paths = [path for path, _ in base_modules(model)]
-    selected = [path for path in paths if any(rule(leaf, path) for leaf in leaves)]
-    return sorted(leaves if selected == chosen else chosen)
-
-
-def _peft_saves(entry: str, path: str) -> bool:
-    return path.endswith(entry)  # for modules_to_save, PEFT does not ask for a dot before it
-
-
-def _selects(exclude: str | list[str], saved: list[str]) -> Callable[[str, str], bool]:
-    def rule(entry: str, path: str) -> bool:
-        out = name_matches(exclude, path) if exclude else False
-        inside = any(f"{path}.".startswith(f"{module}.") for module in saved)
-        return name_matches([entry], path) and not out and not inside
-
-    return rule
-
-
-def _only_matching(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """PEFT allows entries that match nothing; the tensors decide what fits and what does not."""
-    paths = [path for path, _ in base_modules(model)]
-    saved = [path for path in paths if any(_peft_saves(m, path) for m in config.modules_to_save)]
-    config = replace(config, modules_to_save=saved or config.modules_to_save)
-    if not isinstance(config.targets, str):
-        found = [t for t in config.targets if any(name_matches([t], path) for path in paths)]
-        config = replace(config, targets=found or config.targets)
-    plain = select(model, replace(config, exclude=[], rank_pattern={}, alpha_pattern={}))
-    used: Any = config.exclude
-    if isinstance(used, str):
-        used = used if any(name_matches(used, path) for path in plain.lora) else []
-    else:
-        used = [e for e in used if any(name_matches([e], path) for path in plain.lora)]
-    left = [path for path in plain.lora if not (used and name_matches(used, path))]
-    patterns = {
-        setting: {
-            key: value
-            for key, value in getattr(config, setting).items()
-            if any(pattern_matches(key, path) for path in left)
-        }
-        for setting in ("rank_pattern", "alpha_pattern")
-    }
-    return replace(config, exclude=used, **patterns)
-
-
 def _check_same(modules: dict[str, Adapted], config: LoraConfig, name: str, folder: Path) -> None:
     """The adapter that is there must compute as the one in the folder does."""
     for path, module in modules.items():
         if not isinstance(module, LoraLinear | LoraEmbedding):
             continue
-        have = module.factors(name)[0].shape[0] if isinstance(module, LoraLinear) else None
-        have, scale = have or module.A[name].shape[0], module.scaling[name]
+        if isinstance(module, LoraLinear) and name in module.A0:
+            raise InputError(
+                f'the adapter "{name}" of the model is PiSSA, which {folder} holds as plain LoRA; '
+                "load it under another name"
+            )
+        have, scale = module.A[name].shape[0], module.scaling[name]
         if (have, scale) != (config.rank(path), config.scale(path)):
             raise InputError(
                 f"{folder} has rank {config.rank(path)} and scale {config.scale(path):g}, the "
