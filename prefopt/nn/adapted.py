@@ -25,6 +25,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base
         self.configs: dict[str, LoraConfig] = {}
+        self.scaling: dict[str, float] = {}  # s of those with low-rank factors
         self.active = active
         self.merged: str | None = None
         self.register_module("unmerged", None)  # the base before a merge
@@ -72,6 +73,8 @@ class Adapted(nn.Module):
         self.configs[dst] = replace(self.configs[src], dropout=0.0)
 
     def _copy_tensors(self, src: str, dst: str) -> None:
+        if src in self.scaling:
+            self.scaling[dst] = self.scaling[src]
         for group in self.children():
             if isinstance(group, Masters) and src in group:
                 group.put(dst, group[src].detach().clone(), trainable=False)

@@ -18,7 +18,6 @@ class LoraEmbedding(Adapted):
     def __init__(self, base: nn.Embedding, active: str | None = None) -> None:
         super().__init__(base, active)
         self.A, self.B = Masters(), Masters()
-        self.scaling: dict[str, float] = {}
 
     def add(self, name: str, config: LoraConfig, path: str = "") -> None:
         """Adds adapter `name`: random numbers are those of torch's CPU generator everywhere."""
@@ -29,10 +28,6 @@ class LoraEmbedding(Adapted):
         self.A.put(name, A, trainable=True)
         self.B.put(name, B.to(device), trainable=True)
         self.configs[name], self.scaling[name] = config, config.scale(path)
-
-    def _copy_tensors(self, src: str, dst: str) -> None:
-        super()._copy_tensors(src, dst)
-        self.scaling[dst] = self.scaling[src]
 
     def parts(self, name: str) -> dict[str, nn.Parameter]:
         return {"A": self.A[name], "B": self.B[name]}

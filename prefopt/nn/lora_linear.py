@@ -39,7 +39,6 @@ class LoraLinear(Adapted):
         super().__init__(base, active)
         self.A, self.B, self.m = Masters(), Masters(), Masters()
         self.A0, self.B0 = Masters(), Masters()
-        self.scaling: dict[str, float] = {}
         self.transposed = is_conv1d(base)
         self._squares: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -64,10 +63,6 @@ class LoraLinear(Adapted):
         self.configs[name], self.scaling[name] = config, s
         if config.use_dora:
             self.m.put(name, self.row_norms(name), trainable=True)
-
-    def _copy_tensors(self, src: str, dst: str) -> None:
-        super()._copy_tensors(src, dst)
-        self.scaling[dst] = self.scaling[src]
 
     def parts(self, name: str) -> dict[str, nn.Parameter]:
         """A and B, and m where there is one"""
