@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prefopt.nn.nf4 import Packed4, dequantize_nf4
 
-_PIECE = 1 << 22
+_PIECE = 1 << 18  # elements compared at a time; many more on a GPU
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def measured(name: str, weight: Tensor, packed: Packed4) -> QuantLayer:
     back = dequantize_nf4(packed).view(-1)
     error = power = torch.zeros((), dtype=torch.float64, device=back.device)
     flat = weight.to(back.device).reshape(-1)
-    for w, b in zip(flat.split(_PIECE), back.split(_PIECE), strict=True):
+    piece = _PIECE if back.device.type == "cpu" else _PIECE << 6
+    for w, b in zip(flat.split(piece), back.split(piece), strict=True):
         w = w.float()
         error = error + (b.float() - w).square_().sum(dtype=torch.float64)
         power = power + w.square_().sum(dtype=torch.float64)

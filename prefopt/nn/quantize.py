@@ -6,7 +6,9 @@ model's dtype, quantised and dropped before the next one.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +100,16 @@ def load_quantized(
 
 def _replace(model: nn.Module, name: str, packed: Packed4, layer: nn.Linear) -> None:
     model.set_submodule(name, NF4Linear.from_packed(packed, layer.bias).train(layer.training))
+    if packed.codes.device.type == "cpu":
+        _give_back()
+
+
+def _give_back() -> None:
+    """Hands freed memory back to the system. glibc keeps it while something small above it lives,
+    here the packed weight, and the size of a dense model would pile up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _report(model: nn.Module, skipped: dict[str, str], options: dict[str, Any]) -> QuantReport:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -17,20 +17,45 @@ from prefopt.errors import InputError
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class TensorFiles:
-    """The tensors of a folder with model.safetensors or its shards. Nothing is kept in memory.
+class Entry(NamedTuple):
+    """Where a tensor stands in its file."""
 
-    `names` -> the file of each. InputError, naming the file, when one is missing, damaged, or does
-    not hold what the index says.
+    dtype: torch.dtype
+    shape: list[int]
+    start: int  # of its bytes
+    stop: int
+
+
+class TensorFiles:
+    """The tensors of a folder with model.safetensors or its shards, read one at a time.
+
+    `names` -> the file of each. Files are read, not mapped: pages of a mapped file would count as
+    this process's memory, up to the size of the whole model. InputError, naming the file, when one
+    is missing, damaged, or does not hold what the index says.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._entries: dict[str, Entry] = {}
         if (self.folder / WHOLE).is_file():
-            self.names = dict.fromkeys(self._keys(self.folder / WHOLE), self.folder / WHOLE)
+            self.names = dict.fromkeys(self._header(self.folder / WHOLE), self.folder / WHOLE)
         elif (self.folder / INDEX).is_file():
             self.names = self._of_index(self.folder / INDEX)
         else:
@@ -40,7 +65,7 @@ class TensorFiles:
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(_plain(file) for file in listed.values()):
             raise InputError(f'{index} has no "weight_map" of tensors and files; get another copy')
-        found = {file: self._keys(self.folder / file) for file in sorted(set(listed.values()))}
+        found = {file: self._header(self.folder / file) for file in sorted(set(listed.values()))}
         for name, file in listed.items():
             if name not in found[file]:
                 raise InputError(f"{self.folder / file} lacks {name}, which {INDEX} says it has")
@@ -49,24 +74,49 @@ class TensorFiles:
                 raise InputError(f"{self.folder / file} has {extra[0]}, which {INDEX} does not say")
         return {name: self.folder / file for name, file in listed.items()}
 
-    def _keys(self, file: Path) -> list[str]:
-        with _open(file) as opened:
-            return list(opened.keys())
-
-    def shape(self, name: str) -> list[int]:
-        with _open(self.names[name]) as opened:
-            return opened.get_slice(name).get_shape()
+    def _header(self, file: Path) -> list[str]:
+        """The names in a file, whose entries are kept."""
+        header, begin = _header(file)
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise InputError(f"{file} has {name} as {entry['dtype']}, which torch has not")
+            dtype = _DTYPES[entry["dtype"]]
+            self._entries[name] = Entry(dtype, entry["shape"], begin + start, begin + stop)
+        return list(header)
 
     def read(self, *names: str) -> list[Tensor]:
-        """The tensors, in memory of their own. The file is mapped only meanwhile, so what has been
-        read of it does not count as this process's memory."""
-        tensors = {}
-        for file in {self.names[name] for name in names}:
-            with _open(file) as opened:
-                for name in names:
-                    if self.names[name] == file:
-                        tensors[name] = opened.get_tensor(name).clone()
-        return [tensors[name] for name in names]
+        """The tensors, each in memory of its own."""
+        tensors = []
+        for name in names:
+            entry, file = self._entries[name], self.names[name]
+            data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+            with file.open("rb") as opened:
+                opened.seek(entry.start)
+                if opened.readinto(data.numpy().data) != len(data):
+                    raise InputError(f"{file} ends within {name}; use another copy")
+            tensors.append(data.view(entry.dtype).view(entry.shape))
+        return tensors
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """name -> dtype, shape, data_offsets, checked by safetensors, and where the data begin."""
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu"):
+            pass
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; copy all shards of the model") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error}); check its permissions") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InputError(
+            f"{file} is damaged or not a safetensors file ({error}); use another copy"
+        ) from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,19 +177,6 @@ def byte_count(size: str | int) -> int:
 def _plain(name: Any) -> bool:
     """Whether it is the name of a file in the same folder: an index may come from anywhere."""
     return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(file, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; copy all shards of the model") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error}); check its permissions") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(
-            f"{file} is damaged or not a safetensors file ({error}); use another copy"
-        ) from None
 
 
 def float_dtype(name: Any) -> torch.dtype | None:
