@@ -209,8 +209,7 @@ def check_config(folder: Path) -> None:
         raise InputError(
             f"{folder / 'config.json'} has no quantization_config; it is a dense model"
         )
-    method = settings.get("quant_method")
-    if method != "bitsandbytes":
+    if (method := settings.get("quant_method")) != "bitsandbytes":
         raise InputError(f"{folder} is quantised by {method}; only 4-bit bitsandbytes is read here")
     if not settings.get("load_in_4bit"):
         raise InputError(f"{folder} is quantised to 8 bits; only 4-bit bitsandbytes is read here")
@@ -270,8 +269,7 @@ def _decode(files: TensorFiles, name: str, parts: list[str]) -> Packed4:
     for part, book in expected.items():
         if not torch.equal(check(tensors[part], f".{part}", torch.float32, len(book)), book):
             raise InputError(f"{at}: {name}.{part} is not the codebook of {kind}; get another copy")
-    dtype = float_dtype(state["dtype"])
-    assert dtype is not None
+    dtype: Any = float_dtype(state["dtype"])
     return Packed4(codes, scales, nested, offset, shape, dtype, kind, block)
 
 
