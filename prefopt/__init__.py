@@ -34,8 +34,15 @@ _MODULE_OF = {
     "LoraConfig": "nn.lora",
     "add_lora": "nn.lora",
     "adapters": "nn.lora",
-    "merge_lora": "nn.lora",
-    "unmerge": "nn.lora",
+    "merge_lora": "nn.merge",
+    "unmerge": "nn.merge",
+    "quantize_nf4": "nn.nf4",
+    "dequantize_nf4": "nn.nf4",
+    "Packed4": "nn.nf4",
+    "NF4Linear": "nn.nf4_linear",
+    "quantize_model": "nn.quantize",
+    "save_bnb": "nn.bnb_format",
+    "load_bnb": "nn.bnb_format",
     "save_adapter": "nn.peft_format",
     "load_adapter": "nn.peft_format",
     "TrainConfig": "config",
@@ -71,13 +78,20 @@ if TYPE_CHECKING:
     from prefopt.losses import LOSSES as LOSSES
     from prefopt.losses import PairLogps as PairLogps
     from prefopt.losses import loss_from as loss_from
+    from prefopt.nn.bnb_format import load_bnb as load_bnb
+    from prefopt.nn.bnb_format import save_bnb as save_bnb
     from prefopt.nn.lora import LoraConfig as LoraConfig
     from prefopt.nn.lora import adapters as adapters
     from prefopt.nn.lora import add_lora as add_lora
-    from prefopt.nn.lora import merge_lora as merge_lora
-    from prefopt.nn.lora import unmerge as unmerge
+    from prefopt.nn.merge import merge_lora as merge_lora
+    from prefopt.nn.merge import unmerge as unmerge
+    from prefopt.nn.nf4 import Packed4 as Packed4
+    from prefopt.nn.nf4 import dequantize_nf4 as dequantize_nf4
+    from prefopt.nn.nf4 import quantize_nf4 as quantize_nf4
+    from prefopt.nn.nf4_linear import NF4Linear as NF4Linear
     from prefopt.nn.peft_format import load_adapter as load_adapter
     from prefopt.nn.peft_format import save_adapter as save_adapter
+    from prefopt.nn.quantize import quantize_model as quantize_model
     from prefopt.objectives.dpo import DPO as DPO
     from prefopt.policy import Policy as Policy
     from prefopt.reference import ReferenceCache as ReferenceCache

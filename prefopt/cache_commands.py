@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefopt.commands import Dtype, load_policy, pairs
+from prefopt.commands import Dtype, Quantize, load_policy, pairs
 from prefopt.config import TrainConfig, default_cache
 from prefopt.errors import InputError
 from prefopt.nn.lora_linear import LoraConfig
@@ -18,6 +18,7 @@ def build(
     split: str | None = None,
     columns: dict[str, str | None] | None = None,
     lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
+    quantize: Quantize | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     quiet: bool = False,
@@ -30,6 +31,7 @@ def build(
         split: as for dpo.
         columns: as for dpo.
         lora: as for dpo; with null, 16-bit weights are kept in float32.
+        quantize: as for dpo.
         dtype: as for dpo.
         device: as for dpo.
         quiet: print nothing but errors.
@@ -40,7 +42,7 @@ def build(
     from prefopt.stop import Stopped, StopSignal
 
     source = pairs(data, split, columns, quiet=quiet)
-    policy = load_policy(model, lora, dtype, device)
+    policy = load_policy(model, lora, dtype, device, quantize)
     policy.use_float32_masters()
     plan = make_plan(policy, source, config)
     cache = ReferenceCache(config.cache or default_cache())

@@ -11,20 +11,22 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from prefopt import __version__, cache_commands, commands
+from prefopt import __version__, cache_commands, commands, weight_commands
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_linear import LoraConfig
 from prefopt.usage import argument_message
 
 Command = Callable[..., int]
-BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing")
-SUBJECT = {"report": "--run", "eval": "--model"}  # `prefopt report runs/hh`
+BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force")
+SUBJECT = {"report": "--run", "eval": "--model", "merge": "--model"}  # `prefopt report runs/hh`
 COMMANDS: dict[str, Command] = {
     "dpo": commands.dpo,
     "eval": commands.evaluate,
     "generate": commands.generate,
     "demo": commands.demo,
+    "quantize": weight_commands.quantize,
+    "merge": weight_commands.merge,
     "report": commands.report,
     "env": commands.env,
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefopt.policy import Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["nf4", "fp4", "none"]
 
 
 def pairs(
@@ -63,6 +64,7 @@ def dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
+    quantize: Quantize | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     dry_run: bool = False,
@@ -79,6 +81,7 @@ def dpo(
         beta: weight of staying close to the reference; a higher beta stays closer.
         label_smoothing: probability that a label is wrong.
         lora: adapter to train; null trains all weights.
+        quantize: nf4 or fp4 holds the linear layers in 4 bits (QLoRA); null leaves them as stored.
         dtype: of the weights; auto is bfloat16 on GPUs that have it, else float16 there, and
             float32 on CPU.
         device: auto, cpu, cuda, cuda:1, xpu or mps.
@@ -105,7 +108,7 @@ def dpo(
         with StopSignal(at_once=True):  # nothing is lost before train(), which waits for a step
             source = pairs(data, split, columns, quiet=quiet)
             torch.manual_seed(config.seed)  # the adapter's A is drawn from it
-            policy = load_policy(model, lora, dtype, device)
+            policy = load_policy(model, lora, dtype, device, quantize)
     except Stopped:
         say("stopped before training")
         return 0
@@ -123,6 +126,7 @@ def dpo(
         "beta": beta,
         "label_smoothing": label_smoothing,
         "lora": asdict(lora) if lora and policy.lora_report else None,
+        "quantize": quantize,
         "dtype": dtype,
         "device": device,
     }
@@ -132,7 +136,9 @@ def dpo(
     return 0
 
 
-def load_policy(model: str, lora: LoraConfig | None, dtype: str, device: str) -> Policy:
+def load_policy(
+    model: str, lora: LoraConfig | None, dtype: str, device: str, quantize: str | None = None
+) -> Policy:
     """--model with a fresh adapter, or with its own where --model is an adapter already."""
     from prefopt import loading
     from prefopt.policy import Policy
@@ -140,7 +146,7 @@ def load_policy(model: str, lora: LoraConfig | None, dtype: str, device: str) ->
     quiet_transformers()
     has_adapter = loading.resolve(model).adapter is not None
     return Policy.from_pretrained(
-        model, lora=None if has_adapter else lora, dtype=dtype, device=device
+        model, lora=None if has_adapter else lora, quantize=quantize, dtype=dtype, device=device
     )
 
 
@@ -163,6 +169,7 @@ def evaluate(
     max_length: int = 1024,
     micro_tokens: int = 4096,
     template: str = "auto",
+    quantize: Quantize | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     out: str | None = None,
@@ -180,6 +187,7 @@ def evaluate(
         max_length: most tokens of prompt and response.
         micro_tokens: most tokens in one packed forward.
         template: how conversations become text.
+        quantize: nf4, fp4 or none; null is what the adapter was trained on.
         dtype: of the weights.
         device: auto, cpu, cuda, cuda:1, xpu or mps.
         out: JSON file to write the result to.
@@ -197,7 +205,7 @@ def evaluate(
     source: list[Pair] = list(pairs(data, split, columns))
     if held_out is not None:
         source = [source[i] for i in split_pairs(source, held_out)[1]]
-    policy = load_policy(model, None, dtype, device)
+    policy = load_policy(model, None, dtype, device, quantize)
     against = _reference(model, reference, policy, dtype, device)
     length = min(max_length, context_length(policy))
     encoded = encode_pairs(source, policy.tokenizer, max_length=length, template=template)
@@ -219,7 +227,7 @@ def _reference(model: str, reference: str | None, policy: Policy, dtype: str, de
     from prefopt import loading
     from prefopt.nn.lora import adapters
 
-    config = Path(model) / "config.yaml"
+    config, asked = Path(model) / "config.yaml", reference is not None
     if reference is None and config.is_file():
         reference = yaml.safe_load(config.read_text()).get("model")
     if reference is None and policy.adapter is None:
@@ -228,7 +236,9 @@ def _reference(model: str, reference: str | None, policy: Policy, dtype: str, de
             "name the starting model with --reference"
         )
     began = loading.Source(policy.base) if reference is None else loading.resolve(reference)
-    is_base = policy.adapter is not None and began == loading.Source(policy.base)
+    same = began.adapter is None and loading.absolute(began.base) == policy.base
+    # A base that was made 4-bit for the adapter is the one in memory, not the folder's.
+    is_base = policy.adapter is not None and same and not (asked and policy.kind)
     other = policy if is_base else load_policy(str(reference), None, dtype, device)
 
     @torch.no_grad()
@@ -246,6 +256,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     template: str = "auto",
+    quantize: Quantize | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
 ) -> int:
@@ -258,6 +269,7 @@ def generate(
         temperature: 0 takes the likeliest token, 1 samples from the model.
         seed: of the sampling.
         template: how conversations become text.
+        quantize: nf4, fp4 or none; null is what the adapter was trained on.
         dtype: of the weights.
         device: auto, cpu, cuda, cuda:1, xpu or mps.
     """
@@ -267,7 +279,7 @@ def generate(
     prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise InputError("there is no prompt; give --prompt TEXT or lines on standard input")
-    policy = load_policy(model, None, dtype, device)
+    policy = load_policy(model, None, dtype, device, quantize)
     answers = policy.generate(
         prompts,
         max_new_tokens=max_new_tokens,

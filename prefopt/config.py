@@ -34,6 +34,7 @@ class TrainConfig:
         warmup: steps of warm-up, or their fraction if below 1.
         schedule: learning rate after the warm-up.
         weight_decay: AdamW's.
+        lora_plus: how many times as fast LoRA's B learns as A (LoRA+; its paper suggests 16).
         template: how conversations become text; auto: the tokenizer's chat template if it has one.
         log_every: steps between rows of metrics.jsonl.
         samples: held-out prompts answered before and after training, for the report.
@@ -61,6 +62,7 @@ class TrainConfig:
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
+    lora_plus: float = 1.0
     template: Literal["auto", "chat", "transcript", "plain"] = "auto"
     log_every: int = 1
     samples: int = 4
@@ -81,6 +83,8 @@ class TrainConfig:
                 raise InputError(f"{name} is {value!r}; it must be at least {low}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"lr is {self.lr!r}; it must be above 0")
+        if not 0 < self.lora_plus < math.inf:
+            raise InputError(f"lora_plus is {self.lora_plus!r}; it must be above 0")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from prefopt.data.packing import Batch
+from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.policy import REFERENCE, Policy
 
 
@@ -20,12 +21,16 @@ def useful_flops(policy: Policy, batch: Batch, *, backward: bool) -> float:
     tables = (m.weight for m in policy.model.modules() if isinstance(m, nn.Embedding))
     skip = {id(head.weight), *map(id, tables)}
     chosen = getattr(config, "num_experts_per_tok", None)
-    body = 0.0
+    packed = [m for m in policy.model.modules() if isinstance(m, NF4Linear)]
+    skip |= {id(p) for m in packed for p in m.parameters()}  # half a byte a weight, and scales
+    frozen = sum(m.in_features * m.out_features for m in packed if m is not head)
+    body = frozen * (1.0 + backward)
     for name, p in policy.model.named_parameters():
         if p.dim() not in (2, 3) or id(p) in skip or name.endswith(f".{REFERENCE}"):
             continue  # the reference copy of an adapter takes turns with it
         share = chosen / len(p) if chosen and p.dim() == 3 else 1.0
         body += share * p.numel() * (1 + backward * (1 + p.requires_grad))
     tokens = sum(len(e.prompt) + sum(len(r) - 1 for r in e.responses) for e in batch.encoded)
-    scored = head.weight.numel() * (1 + backward * (1 + head.weight.requires_grad))
+    size = head.in_features * head.out_features if head in packed else head.weight.numel()
+    scored = size * (1 + backward * (1 + head.weight.requires_grad))
     return 2.0 * (tokens * body + len(batch.targets) * scored)

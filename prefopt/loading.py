@@ -15,18 +15,24 @@ from torch import Tensor
 
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
+from prefopt.nn.nf4 import CODEBOOKS
+from prefopt.nn.nf4_linear import NF4Linear
+from prefopt.nn.quantize import QuantReport, load_quantized
 
 EMBEDDED = Path(__file__).parent / "assets"  # the tiny model and preference data of `prefopt demo`
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+QUANTIZATION = "base_quantization.json"  # in an adapter's folder: {"kind": "nf4"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a path names: a base model (folder or hub id) and perhaps an adapter folder on it."""
+    """What a path names: a base model (folder or hub id), perhaps an adapter folder on it, and the
+    4-bit kind that the base was quantised to when the adapter was trained."""
 
     base: str
     adapter: Path | None = None
+    kind: str | None = None
 
 
 def resolve(path: str | Path) -> Source:
@@ -37,7 +43,7 @@ def resolve(path: str | Path) -> Source:
     if (folder / "model").is_dir() and (folder / "config.yaml").is_file():
         folder = folder / "model"  # a run folder
     if (folder / "adapter_config.json").is_file():
-        return Source(_base_of_adapter(folder), folder)
+        return Source(_base_of_adapter(folder), folder, _trained_on(folder))
     if folder.is_dir():
         _check_model_folder(folder)
         return Source(str(folder))
@@ -59,6 +65,24 @@ def _base_of_adapter(folder: Path) -> str:
     if not Path(base).is_absolute() and (folder / base).is_dir():
         base = str(folder / base)
     return base if resolve(base).adapter is None else _base_of_adapter(Path(base))
+
+
+def _trained_on(folder: Path) -> str | None:
+    """PEFT's format does not say what the base was quantised to; this file beside it does."""
+    file = folder / QUANTIZATION
+    if not file.is_file():
+        return None
+    try:
+        return check_kind(json.loads(file.read_text())["kind"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} does not name a kind of 4-bit weights ({error})") from None
+
+
+def check_kind(kind: str) -> str:
+    """The kind; InputError for one that is not known."""
+    if kind not in CODEBOOKS:
+        raise InputError(f"quantize is {kind!r}; it must be one of {', '.join(CODEBOOKS)}")
+    return kind
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -101,14 +125,27 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """(causal language model, tokenizer) of a folder or hub id; every failure is an InputError."""
+def load_model(
+    base: str, dtype: torch.dtype, device: torch.device, kind: str | None = None, **options: Any
+) -> tuple[Any, Any, QuantReport | None]:
+    """(causal language model, tokenizer, what became 4-bit) of a folder or hub id.
+
+    ``kind``: "nf4" or "fp4" quantises the linear layers while they are read (``options``: those of
+    ``load_quantized``); a folder whose weights are 4-bit already is read as it is. Every failure
+    is an InputError.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except Exception as error:  # a damaged file raises whatever its parser likes
         raise InputError(f"cannot load a tokenizer from {base}: {first_line(error)}") from None
+    stored = stored_kind(base)
+    if kind and stored and kind != stored:
+        raise InputError(f"the weights of {base} are {stored} already; they cannot become {kind}")
+    if kind or stored:
+        model, report = load_quantized(base, dtype, device, kind=kind or stored or "nf4", **options)
+        return model, tokenizer, report
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -121,7 +158,15 @@ def load_model(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Any
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer, None
+
+
+def stored_kind(base: str) -> str | None:
+    """ "nf4" or "fp4" for a folder of 4-bit weights (bitsandbytes' format), else None."""
+    file = Path(base) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    quantization = config.get("quantization_config") or {}
+    return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
 
 
 def first_line(error: Exception) -> str:
@@ -131,6 +176,11 @@ def first_line(error: Exception) -> str:
 def backbone(model: Any) -> Any:
     """The model without its output head (Llama 4's is not where its class says)."""
     return getattr(model, "model", model) if model.base_model is model else model.base_model
+
+
+def head_weight(head: Any) -> Tensor:
+    """The output head's weight [V, D], dequantised where it is 4-bit."""
+    return head.dequantize() if isinstance(head, NF4Linear) else head.weight
 
 
 @torch.no_grad()
@@ -149,17 +199,18 @@ def head_options(model: Any) -> dict[str, Any]:
     ids = torch.arange(3, 10, device=device)[None] % config.vocab_size
     targets = torch.arange(6, device=device)
 
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    weight = head_weight(head)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def logprobs(tokens: int) -> Tensor:
         logits = model(ids[:, :tokens], use_cache=False).logits[0, :6]
         return logits.to(dtype).log_softmax(-1)[targets, targets]
 
-    want, bound = logprobs(7), 1e-3 if head.weight.dtype.itemsize >= 4 else 0.25
+    want, bound = logprobs(7), 1e-3 if weight.dtype.itemsize >= 4 else 0.25
     hidden = backbone(model)(ids[:, :6], use_cache=False)[0][0]
     difference = math.inf
-    if hidden.shape[-1] == head.weight.shape[1]:
-        got = token_logprobs(hidden, head.weight, targets, bias=head.bias, **options)
+    if hidden.shape[-1] == weight.shape[1]:
+        got = token_logprobs(hidden, weight, targets, bias=head.bias, **options)
         assert isinstance(got, Tensor)
         difference = (got - want).abs().max().item()
     if difference <= bound:

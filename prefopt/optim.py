@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in one kernel where possible."""
-    parameters = list(parameters)
-    fused = parameters[0].device.type in ("cpu", "cuda", "xpu")
-    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in one kernel where possible.
+
+    ``parameters``: parameters, or torch's parameter groups, each with a learning rate of its own.
+    """
+    given: list[Any] = list(parameters)
+    first = given[0]["params"][0] if isinstance(given[0], dict) else given[0]
+    fused = first.device.type in ("cpu", "cuda", "xpu")
+    return torch.optim.AdamW(given, lr, weight_decay=weight_decay, fused=fused)
 
 
 def warmup_steps(warmup: float, total: int) -> int:

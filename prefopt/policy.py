@@ -25,9 +25,12 @@ from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
 from prefopt.nn import lora as lora_module
+from prefopt.nn.bnb_format import save_bnb
 from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, LoraLinear
+from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.peft_format import load_adapter, save_adapter
+from prefopt.nn.quantize import QuantReport
 from prefopt.nn.swiglu import use_lean_swiglu
 from prefopt.rollout.hf import Generation, generate
 
@@ -44,7 +47,10 @@ class Policy(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, *, base: str, attention: str = "auto"):
         super().__init__()
         self.model, self.tokenizer, self.base = model, tokenizer, base
-        self.dtype: torch.dtype = next(model.parameters()).dtype
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype: torch.dtype = next(floating)  # what it computes in: 4-bit weights are uint8
+        self.kind: str | None = None  # "nf4" or "fp4" where dense weights were quantised on loading
+        self.quant_report: QuantReport | None = None
         self.autocast: torch.dtype | None = None
         self.adapter: str | None = None
         self.lora_report = None
@@ -79,17 +85,23 @@ class Policy(nn.Module):
     ) -> Policy:
         """Load a model folder, an adapter folder, a run folder, a hub id or "embedded".
 
-        ``lora`` adds a fresh adapter; an adapter folder is loaded as a trainable one. ``dtype`` and
-        ``device``: see ``loading``. ``attention``: "auto" shares prompts where the model allows
-        it, "padded" never. Raises InputError for anything that cannot be loaded.
+        ``lora`` adds a fresh adapter; an adapter folder is loaded as a trainable one. ``quantize``:
+        "nf4" or "fp4" makes the linear layers 4-bit while they are read; None leaves them as they
+        are stored, under an adapter as they were when it was trained, and "none" dense under that
+        too. ``dtype`` and ``device``: see ``loading``. ``attention``: "auto" shares prompts where
+        the model allows it, "padded" never. Raises InputError for anything that cannot be loaded.
         """
-        if quantize is not None:
-            raise InputError(f"quantize={quantize!r} is not available in this release; use None")
         source, where = loading.resolve(path), loading.pick_device(device)
         if source.adapter is not None and lora is not None:
             raise InputError(f"{path} is an adapter already; give lora=None to train it further")
-        model, tokenizer = loading.load_model(source.base, loading.pick_dtype(dtype, where), where)
+        kind = source.kind if quantize is None else quantize
+        kind = None if kind in (None, "none") else loading.check_kind(kind)
+        model, tokenizer, report = loading.load_model(
+            source.base, loading.pick_dtype(dtype, where), where, kind
+        )
         policy = cls(model, tokenizer, base=loading.absolute(source.base), attention=attention)
+        policy.quant_report = report
+        policy.kind = None if loading.stored_kind(source.base) else kind
         if source.adapter is not None:
             load_adapter(model, source.adapter, ADAPTER)
             policy._adapter_added()
@@ -100,6 +112,12 @@ class Policy(nn.Module):
 
     def _adapter_added(self) -> None:
         self.adapter = ADAPTER
+        head = self.model.get_output_embeddings()
+        if isinstance(head, LoraLinear) and ADAPTER in head.m:
+            raise InputError(
+                "DoRA on the output head is not supported; take lm_head out of lora.targets, or "
+                "train the head in full with lora.modules_to_save"
+            )
         if not lora_module.is_zero_adapter(self.model, ADAPTER):
             lora_module.copy_adapter(self.model, ADAPTER, REFERENCE)
 
@@ -155,13 +173,16 @@ class Policy(nn.Module):
         adapter they are 0, so that policy and reference go through the same product."""
         head = self.model.get_output_embeddings()
         if not isinstance(head, LoraLinear) or head.merged:
-            return hidden, head.weight, head.bias
-        name, on = head.active, head.active in head.scaling
-        if name is None or not on:
-            name = next(iter(head.scaling))
-        dropped = nn.functional.dropout(hidden, head.configs[name].dropout, head.training and on)
-        low = dropped @ head.A[name].to(hidden).t() * (head.scaling[name] if on else 0.0)
-        weight = torch.cat([head.weight, head.B[name].to(head.weight)], 1)
+            head = head.base if isinstance(head, LoraLinear) else head
+            return hidden, loading.head_weight(head), head.bias
+        name = head.on or head.names[0]
+        A, B = head.factors(name)
+        dropped = nn.functional.dropout(
+            hidden, head.configs[name].dropout, head.training and name == head.on
+        )
+        low = dropped @ A.to(hidden).t() * (head.scaling[name] if name == head.on else 0.0)
+        weight = loading.head_weight(head.base)
+        weight = torch.cat([weight, B.to(weight)], 1)
         return torch.cat([hidden, low], 1), weight, head.bias
 
     def attend(self, implementation: str) -> None:
@@ -171,7 +192,7 @@ class Policy(nn.Module):
             self.model.set_attn_implementation(implementation)
 
     @contextlib.contextmanager
-    def _plain_attention(self) -> Iterator[None]:
+    def plain_attention(self) -> Iterator[None]:
         """transformers' own attention and masks, for what is not a Batch."""
         before = self.model.config._attn_implementation
         self.attend(self._own_attention)
@@ -182,6 +203,11 @@ class Policy(nn.Module):
 
     # -- the reference
 
+    @property
+    def has_reference_copy(self) -> bool:
+        """Whether the reference is a frozen copy of the adapter, not the base without it."""
+        return REFERENCE in lora_module.adapter_names(self.model)
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, forward computes the starting policy; dropout is off."""
@@ -189,10 +215,8 @@ class Policy(nn.Module):
         self.eval()
         with contextlib.ExitStack() as stack:
             if self.adapter is not None:
-                has_copy = REFERENCE in lora_module.adapter_names(self.model)
-                stack.enter_context(
-                    lora_module.adapters(self.model, REFERENCE if has_copy else None)
-                )
+                name = REFERENCE if self.has_reference_copy else None
+                stack.enter_context(lora_module.adapters(self.model, name))
             try:
                 yield
             finally:
@@ -211,9 +235,10 @@ class Policy(nn.Module):
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
-            for path, layer in lora_module.lora_layers(self.model):
-                if REFERENCE in layer.scaling:  # the same A and B with another alpha differ
-                    digest.update(f"{path} {layer.scaling[REFERENCE]}\n".encode())
+            for path, module in lora_module.adapted_modules(self.model):
+                if scale := getattr(module, "scaling", {}).get(REFERENCE):
+                    # The same A and B with another alpha differ.
+                    digest.update(f"{path} {scale}\n".encode())
             autocast = f" autocast {self.autocast}" if self.autocast else ""
             key = {
                 "weights": digest.hexdigest(),
@@ -224,13 +249,17 @@ class Policy(nn.Module):
         return dict(self._key_cache[1])
 
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Under the names of the plain model: which layers carry an adapter is no matter."""
-        wrapped = {f"{path}.base." for path, _ in lora_module.lora_layers(self.model)}
+        """Under the names of the plain model: which modules carry an adapter is no matter, nor are
+        the tensors of one that is off (<module>.<group>.<adapter>...)."""
+        adapted = [f"{path}." for path, _ in lora_module.adapted_modules(self.model)]
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            path, marker, leaf = name.rpartition(".base.")
-            if f"{path}{marker}" in wrapped:
-                yield f"{path}.{leaf}", tensor
-            elif not (self.adapter and name.endswith((f".A.{ADAPTER}", f".B.{ADAPTER}"))):
+            prefix = next((p for p in adapted if name.startswith(p)), None)
+            rest = name.removeprefix(prefix or "")
+            if prefix is None:
+                yield name, tensor
+            elif rest.startswith("base."):
+                yield prefix + rest.removeprefix("base."), tensor
+            elif rest.split(".")[1] == REFERENCE:
                 yield name, tensor
 
     # -- training, generating, saving
@@ -238,6 +267,19 @@ class Policy(nn.Module):
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of what an optimizer moves: the adapter, or every weight."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def parameter_groups(self, lr: float, lora_plus: float = 1.0) -> list[dict[str, Any]]:
+        """What an optimizer takes; with ``lora_plus``, LoRA's B learns so many times as fast as A.
+
+        InputError where there is nothing to train: 4-bit weights without an adapter.
+        """
+        if self.adapter is None and any(isinstance(m, NF4Linear) for m in self.model.modules()):
+            raise InputError("4-bit weights cannot be trained; train an adapter on them (--lora.r)")
+        if lora_plus == 1:
+            return [{"params": [p for _, p in self.trainable()], "lr": lr}]
+        if self.adapter is None:
+            raise InputError("lora_plus is about the two factors of LoRA, and there is no adapter")
+        return lora_module.lora_plus_groups(self.model, self.adapter, lr, lora_plus)
 
     def use_float32_masters(self) -> None:
         """For full fine-tuning in 16 bits: float32 weights, computed with under autocast.
@@ -264,7 +306,7 @@ class Policy(nn.Module):
         training = self.training
         self.eval()
         try:
-            with self._plain_attention():
+            with self.plain_attention():
                 return generate(
                     self.model,
                     self.tokenizer,
@@ -285,10 +327,15 @@ class Policy(nn.Module):
         folder = Path(folder)
         if self.adapter is not None:
             save_adapter(self.model, folder, self.adapter, base_model_name_or_path=self.base)
+            if self.kind:
+                durable.write_json(folder / loading.QUANTIZATION, {"kind": self.kind})
             loading.copy_tokenizer(self.base, self.tokenizer, folder)
             return
-        with durable.new_dir(folder) as partial, self._plain_attention():
-            loading.save_model(self.model, partial, self.autocast)
+        with durable.new_dir(folder) as partial, self.plain_attention():
+            if any(isinstance(module, NF4Linear) for module in self.model.modules()):
+                save_bnb(self.model, partial)
+            else:
+                loading.save_model(self.model, partial, self.autocast)
             loading.copy_tokenizer(self.base, self.tokenizer, partial)
 
 

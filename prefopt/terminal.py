@@ -21,14 +21,23 @@ def say(text: str = "", style: str | None = None) -> None:
 
 def describe(policy: Policy, lora: LoraConfig | None) -> None:
     """Which parameters train, on what, in which layout."""
+    from prefopt.nn.nf4_linear import NF4Linear
+
     dtype = str(policy.dtype).removeprefix("torch.")
-    say(f"{policy.base}: {policy.model.config.model_type}, {dtype} on {policy.device}")
-    for line in policy.lora_report.lines() if policy.lora_report else ():
-        say(line)
+    kinds = ", ".join(sorted({m.kind for m in policy.model.modules() if isinstance(m, NF4Linear)}))
+    weights = f", linear layers in {kinds}" if kinds else ""
+    say(f"{policy.base}: {policy.model.config.model_type}, {dtype} on {policy.device}{weights}")
+    for report in (policy.quant_report, policy.lora_report):
+        for line in report.lines() if report else ():
+            say(line)
     if policy.adapter is None:
         say(f"training all {sum(p.numel() for _, p in policy.trainable()):,} weights")
     elif policy.lora_report is None:
-        say("training the adapter of --model further; the reference is a frozen copy of it")
+        say("training the adapter of --model further")
+    if policy.adapter and policy.has_reference_copy:
+        say("the adapter does not start at zero, so the reference is a frozen copy of it")
+    elif policy.adapter:
+        say("the adapter starts at zero, so the reference is the base with the adapter off")
     if policy.layout_reason:
         say(f"prompts are not shared between responses: {policy.layout_reason}")
 

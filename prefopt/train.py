@@ -116,10 +116,13 @@ class _Loop:
             model = policy.model  # whose method transformers 5.23 renamed
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        self.names, parameters = zip(*policy.trainable(), strict=True)
         lr = config.lr or (2e-4 if policy.adapter else 1e-5)
-        self.optimizer = make_optimizer(parameters, lr, weight_decay=config.weight_decay)
-        self.peak_lr, self.scaler = lr, make_scaler(policy.autocast or policy.dtype, policy.device)
+        groups = policy.parameter_groups(lr, config.lora_plus)
+        self.optimizer = make_optimizer(groups, lr, weight_decay=config.weight_decay)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        names = {id(p): name for name, p in policy.trainable()}
+        self.names = [names[id(p)] for group in groups for p in group["params"]]
+        self.scaler = make_scaler(policy.autocast or policy.dtype, policy.device)
         self.cache = ReferenceCache(config.cache or default_cache())
         self.key: dict[str, str] = {}
         self.log, self.meter = MetricsLog(run.dir / "metrics.jsonl"), Meter()
@@ -182,8 +185,8 @@ class _Loop:
                 continue
             self.stop.check()
             factor = lr_factor(step - 1, plan.steps, warmup=warmup, schedule=config.schedule)
-            for param_group in self.optimizer.param_groups:
-                param_group["lr"] = self.peak_lr * factor
+            for param_group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+                param_group["lr"] = peak * factor
             batches = list(self._with_reference(self._batches(group)))
             stats = optimizer_step(
                 self.policy, self.objective, batches, self.optimizer,
@@ -199,7 +202,7 @@ class _Loop:
             work["flops"] += sum(useful_flops(self.policy, b, backward=True) for b in batches)
             if step % config.log_every == 0 or step == plan.steps:
                 row = {"step": step, "epoch": epoch, **self.meter.flush()}
-                row["learning_rate"] = self.peak_lr * factor
+                row["learning_rate"] = self.peak_lrs[0] * factor
                 row.update(self._speed(work, time.perf_counter() - clock))
                 self.log.write(row)
                 self.progress.update(step, row)

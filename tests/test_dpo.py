@@ -92,7 +92,7 @@ def test_loss_metrics_and_gradient_are_those_of_whole_sequences(tiny_model, pair
     parameters = [p for _, p in policy.trainable()]
     grads = torch.autograd.grad(total, parameters)
 
-    with policy._plain_attention():
+    with policy.plain_attention():
         logps = torch.stack([summed(policy.model, item) for item in encoded])
         reference.set_attn_implementation("sdpa")
         with torch.no_grad():

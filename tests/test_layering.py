@@ -24,7 +24,7 @@ LAYERS = (
     ("objectives", "evaluate", "flops"),
     ("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
     ("demo",),
-    ("commands", "cache_commands"),
+    ("commands", "cache_commands", "weight_commands"),
     ("cli", "usage"),
     ("__main__",),
 )

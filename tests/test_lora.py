@@ -23,9 +23,6 @@ from prefopt.nn.lora import (
     is_zero_adapter,
     lora_layers,
     lora_parameters,
-    merge_lora,
-    unload_lora,
-    unmerge,
 )
 from prefopt.nn.lora_linear import _Lora
 
@@ -511,65 +508,6 @@ def test_copy_is_frozen_and_independent():
 def test_bad_names(name):
     with pytest.raises(InputError, match="cannot name an adapter"):
         add_lora(tiny(), LoraConfig(), name)
-
-
-# ---- merging -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_rounds_once_and_unmerge_restores_the_bits(kind, dtype):
-    model = tiny(kind).to(dtype)
-    add_lora(model, LoraConfig(r=4, alpha=6))
-    randomise(model)
-    layers = dict(lora_layers(model))
-    before = {path: lora.base.weight.detach().clone() for path, lora in layers.items()}
-    logits = model(IDS).logits
-    report = merge_lora(model)
-    assert report.rounding_error.keys() == layers.keys()
-    assert max(report.rounding_error.values()) < (1e-5 if dtype == torch.float32 else 0.1)
-    assert f'merged "default" into {len(layers)} layers' in report.lines()[0]
-    for path, lora in layers.items():
-        A, B = (p.detach().double() for p in _AB(lora))
-        delta = 1.5 * (B @ A)
-        exact = before[path].double() + (delta.t() if lora.transposed else delta)
-        half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-7
-        assert ((lora.base.weight.double() - exact).abs() <= half_ulp).all()
-    merged = model(IDS).logits
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.1}
-    torch.testing.assert_close(merged, logits, **tolerance)
-    with adapters(model, "default"):
-        assert torch.equal(model(IDS).logits, merged)
-    with pytest.raises(InputError, match="unmerge it first"), adapters(model, None):
-        pass
-    with pytest.raises(InputError, match="merged already"):
-        merge_lora(model)
-    unmerge(model)
-    for path, lora in layers.items():
-        assert torch.equal(lora.base.weight, before[path])
-    assert torch.equal(model(IDS).logits, logits)
-    with pytest.raises(InputError, match="not merged"):
-        unmerge(model)
-
-
-def test_only_the_active_adapter_merges():
-    model = tiny()
-    add_lora(model, LoraConfig())
-    with pytest.raises(InputError, match="not active"), adapters(model, None):
-        merge_lora(model)
-    assert merge_lora(model).lines()[0].count("0.00%") == 1  # B = 0: nothing to lose
-
-
-def test_unload_leaves_a_plain_model():
-    plain, model = tiny(), tiny()
-    add_lora(model, LoraConfig())
-    randomise(model)
-    merge_lora(model)
-    logits = model(IDS).logits
-    unload_lora(model)
-    assert not has_adapter(model)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(model(IDS).logits, logits)
 
 
 # ---- targets -------------------------------------------------------------------------------------

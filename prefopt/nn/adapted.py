@@ -72,6 +72,15 @@ class Adapted(nn.Module):
         self._copy_tensors(src, dst)
         self.configs[dst] = replace(self.configs[src], dropout=0.0)
 
+    def remove(self, name: str) -> None:
+        """Takes adapter `name` off, if it is there."""
+        self.configs.pop(name, None)
+        self.scaling.pop(name, None)
+        for group in self.children():
+            if isinstance(group, Masters | nn.ModuleDict) and group is not self.base:
+                if name in group:
+                    del group[name]
+
     def _copy_tensors(self, src: str, dst: str) -> None:
         if src in self.scaling:
             self.scaling[dst] = self.scaling[src]

@@ -1,5 +1,5 @@
-"""Adapters on a model: adding, switching, copying, merging. What each kind does: lora_linear.py,
-lora_embedding.py, saved_module.py."""
+"""Adapters on a model: adding, switching, copying. What each kind does: lora_linear.py,
+lora_embedding.py, saved_module.py; into the weights and out again: merge.py."""
 
 import math
 import re
@@ -23,7 +23,6 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "LoraReport",
-    "MergeReport",
     "adapted_modules",
     "adapter_names",
     "adapters",
@@ -34,9 +33,7 @@ __all__ = [
     "lora_layers",
     "lora_parameters",
     "lora_plus_groups",
-    "merge_lora",
     "unload_lora",
-    "unmerge",
 ]
 
 
@@ -69,22 +66,6 @@ class LoraReport:
         return lines
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What merge_lora did: per module, the part |W' - W - s B A| / |s B A| lost in rounding W'."""
-
-    name: str
-    rounding_error: dict[str, float]
-
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        worst, error = max(self.rounding_error.items(), key=lambda item: item[1])
-        return [
-            f'merged "{self.name}" into {len(self.rounding_error)} layers; rounding lost '
-            f"at most {error:.2%} of a layer's change ({worst})"
-        ]
-
-
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> LoraReport:
     """Wraps the selected modules of `model` in place and adds adapter `name` to each.
 
@@ -95,25 +76,34 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Lor
     _check_new_name(model, name)
     selection = select(model, config)
     wrapped = dict(adapted_modules(model))
+    active = next((module.active for module in wrapped.values()), name)
+    new: dict[str, Adapted] = {}
+    try:
+        for path in (*selection.lora, *selection.saved):
+            if path not in wrapped:
+                base: Any = model.get_submodule(path)
+                kind: Any = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
+                new[path] = (SavedModule if path in selection.saved else kind)(base, active)
+            (wrapped.get(path) or new[path]).add(name, config, path)
+    except BaseException:
+        for module in wrapped.values():
+            module.remove(name)
+        raise
     if not wrapped:
         model.requires_grad_(False)
-    active = next((module.active for module in wrapped.values()), name)
-    for path in (*selection.lora, *selection.saved):
-        if path not in wrapped:
-            base: Any = model.get_submodule(path)
-            kind: Any = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
-            wrapped[path] = (SavedModule if path in selection.saved else kind)(base, active)
-            _replace(model, path, wrapped[path])
-        wrapped[path].add(name, config, path)
-    linear = {path: m for path, m in base_modules(model) if why_not_linear(m) is None}
+    for path, module in new.items():
+        _replace(model, path, module)
+    plain = {p: m.base if isinstance(m, SavedModule) else m for p, m in base_modules(model)}
+    linear = {path: m for path, m in plain.items() if why_not_linear(m) is None}
     sizes = {path: math.prod(dense_shape(module)) for path, module in linear.items()}
+    adapted = sum(sizes.get(path, 0) for path in (*selection.lora, *selection.saved))
     return LoraReport(
         name=name,
         adapted=selection.lora,
         saved=selection.saved,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=_parameters(model),
-        coverage=sum(sizes.get(path, 0) for path in selection.lora) / (sum(sizes.values()) or 1),
+        coverage=adapted / (sum(sizes.values()) or 1),
         skipped=selection.skipped,
     )
 
@@ -192,41 +182,6 @@ def copy_adapter(model: nn.Module, src: str, dst: str) -> None:
     _check_new_name(model, dst)
     for _, module in modules:
         module.copy(src, dst)
-
-
-def merge_lora(model: nn.Module, name: str = "default") -> MergeReport:
-    """Adds s B A to the base weights, in float32 and rounded once; the old weights are kept aside.
-
-    The adapter must be the active one. Until `unmerge` the base alone cannot be had.
-    """
-    layers: Any = require(model, name)
-    for _, layer in adapted_modules(model):
-        if isinstance(layer, SavedModule) or isinstance(layer.base, NF4Linear):
-            raise InputError("only LoRA on dense weights can be merged")
-        if layer.merged is not None:
-            raise InputError(f'adapter "{layer.merged}" is merged already; unmerge it first')
-        if layer.active != name:
-            raise InputError(f'"{name}" is not active; merge it inside adapters(model, "{name}")')
-    lost = {}
-    for path, layer in layers:
-        old, merged = layer.base.weight.data, layer.merged_weight(name)
-        wide = old.to(merged.dtype)
-        new, delta = merged.to(old.dtype), merged - wide
-        error = (new.to(wide.dtype) - wide - delta).norm() / delta.norm()
-        lost[path] = error.item() if delta.any() else 0.0
-        layer.base.weight.data, layer.unmerged_weight, layer.merged = new, old, name
-    return MergeReport(name, lost)
-
-
-def unmerge(model: nn.Module, name: str = "default") -> None:
-    """Gives the base the very weights back that it had before merge_lora."""
-    layers = [layer for _, layer in require(model, name) if layer.merged == name]
-    if not layers:
-        raise InputError(f'adapter "{name}" is not merged; there is nothing to unmerge')
-    for layer in layers:
-        assert layer.unmerged_weight is not None
-        layer.base.weight.data = layer.unmerged_weight
-        layer.unmerged_weight = layer.merged = None
 
 
 def unload_lora(model: nn.Module) -> None:

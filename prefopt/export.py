@@ -1,0 +1,166 @@
+"""`prefopt merge`: an adapter into a folder of plain weights, compared with what was trained.
+
+The merged model is checked before it is written. On the same pairs, over the whole vocabulary,
+KL(trained || merged) says what merging cost and KL(trained || base) how much there was to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefopt import durable
+from prefopt.data.encode import Encoded
+from prefopt.data.packing import pack
+from prefopt.errors import InputError
+from prefopt.logprobs import sequence_logprobs
+from prefopt.nn import merge
+from prefopt.nn.lora import adapters, unload_lora
+from prefopt.policy import ADAPTER, Policy
+
+Into = Literal["auto", "original", "dequantized", "4bit"]
+TEXTS, ROWS = 8, 32  # whose logits are compared: pairs, and tokens of each
+NOISE = 1e-6  # nats a token; what two ways to round the same model may differ by
+
+
+class Reading(NamedTuple):
+    """One model on the pairs: logits [n, V] float32 at the last tokens of some of the texts, and
+    log p(chosen) - log p(rejected) of each pair, [B]."""
+
+    logits: Tensor
+    preference: Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The merged model against the trained one. KL in nats a token, accuracies over `pairs`:
+    against the untrained base (margin above 0), and how often both models agree in it."""
+
+    pairs: int
+    tokens: int
+    kl_merged: float
+    kl_base: float
+    max_logit_difference: float
+    accuracy_trained: float
+    accuracy_merged: float
+    agreement: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the merged model is the trained one, by a rule of thumb: less than half as far
+        from it as the base is (KL grows with the square of a distance), and of its opinion in nine
+        of ten pairs."""
+        near = self.kl_merged <= self.kl_base / 4 and self.agreement >= 0.9
+        return near or self.kl_merged <= NOISE
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        return [
+            f"KL to the trained model, nats a token: merged {self.kl_merged:.2e}, untrained "
+            f"{self.kl_base:.2e} ({self.tokens} tokens); logits differ by at most "
+            f"{self.max_logit_difference:.2g}",
+            f"accuracy against the base: trained {self.accuracy_trained:.1%}, merged "
+            f"{self.accuracy_merged:.1%}; the same preference in {self.agreement:.1%} of "
+            f"{self.pairs} pairs",
+        ]
+
+
+def merge_policy(
+    policy: Policy,
+    encoded: Sequence[Encoded],
+    out: str | Path,
+    *,
+    into: Into = "auto",
+    original: Policy | None = None,
+    force: bool = False,
+) -> tuple[merge.MergeReport, Verdict]:
+    """Merges the adapter of `policy`, compares, and writes the folder `out`.
+
+    into: "original" takes the weights of `original`, the same adapter on the dense base; the
+    others those that the adapter was trained on, "dequantized" from 4 bits (what "auto" does) or
+    kept in "4bit". Afterwards `policy` is used up. InputError, and nothing is written, when the
+    merged model is not the trained one any more (Verdict.kept), unless `force`.
+    """
+    if policy.adapter is None:
+        raise InputError(f"{policy.base} has no adapter to merge; give an adapter or run folder")
+    trained = read(policy, encoded)
+    with adapters(policy.model, None):
+        base = read(policy, encoded)
+    if into == "original" and original is not None:
+        policy = original
+    elif into in ("auto", "dequantized"):
+        merge.dequantize_base(policy.model)
+    report = merge.merge_lora(policy.model, ADAPTER, requantize=into == "4bit", keep=False)
+    unload_lora(policy.model)
+    policy.adapter = None
+    verdict = compare(trained, base, read(policy, encoded))
+    if not (verdict.kept or force):
+        raise InputError(
+            f"merging lost much of the training, so nothing was written: KL to the trained model "
+            f"{verdict.kl_merged:.2e} nats a token, the untrained base has {verdict.kl_base:.2e}, "
+            f"and the same preference in {verdict.agreement:.0%} of {verdict.pairs} pairs; "
+            f"{_advice(into, policy)}, or write it all the same with --force"
+        )
+    policy.save_pretrained(out)
+    changes = {path: change._asdict() for path, change in report.changes.items()}
+    durable.write_json(Path(out) / "merge_report.json", {**asdict(verdict), "layers": changes})
+    return report, verdict
+
+
+def _advice(into: Into, policy: Policy) -> str:
+    if into in ("original", "4bit"):
+        return "merge into the weights it was trained on with --into dequantized"
+    if policy.dtype.itemsize < 4:
+        return "merge in --dtype float32"
+    return "keep the adapter as it is"
+
+
+@torch.no_grad()
+def read(policy: Policy, encoded: Sequence[Encoded]) -> Reading:
+    """What the model says, by transformers' own forward for the logits."""
+    training = policy.training
+    policy.eval()
+    try:
+        logits = torch.cat([_last_logits(policy, item) for item in encoded[:TEXTS]])
+        sums = []
+        for batch in pack(encoded, max_tokens=4096, layout=policy.layout):
+            batch = batch.to(policy.device)
+            logps = sequence_logprobs(policy(batch), batch.response_ids, batch.num_responses)
+            sums.append((logps[::2] - logps[1::2]).cpu())
+    finally:
+        policy.train(training)
+    return Reading(logits, torch.cat(sums))
+
+
+def _last_logits(policy: Policy, item: Encoded) -> Tensor:
+    """Of the prompt and its first response, [at most ROWS, V] float32 on the CPU."""
+    ids = torch.tensor([[*item.prompt.tolist(), *item.responses[0].tolist()]], device=policy.device)
+    with policy.plain_attention():
+        logits = policy.model(ids, use_cache=False).logits[0]
+    return logits[-ROWS:].float().cpu()
+
+
+def compare(trained: Reading, base: Reading, merged: Reading) -> Verdict:
+    """The readings of three models on the same pairs."""
+
+    def kl(other: Reading) -> float:
+        p, q = (x.logits.double().log_softmax(-1) for x in (trained, other))
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    margins = [x.preference - base.preference for x in (trained, merged)]
+    right = [(m > 0).float() for m in margins]
+    return Verdict(
+        pairs=len(base.preference),
+        tokens=len(base.logits),
+        kl_merged=kl(merged),
+        kl_base=kl(base),
+        max_logit_difference=(merged.logits - trained.logits).abs().max().item(),
+        accuracy_trained=right[0].mean().item(),
+        accuracy_merged=right[1].mean().item(),
+        agreement=(right[0] == right[1]).float().mean().item(),
+    )
