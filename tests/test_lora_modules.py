@@ -253,6 +253,7 @@ def test_a_whole_block_and_a_bias():
         ({"rank_pattern": {"qproj": 2}}, False, 'lora.rank_pattern "qproj" matches no adapted '
          'layer; did you mean "q_proj"?'),
         ({"alpha_pattern": {"lm_head": 2}}, False, 'lora.alpha_pattern "lm_head" matches no ad'),
+        ({"alpha_pattern": {"proj": 2}}, False, 'lora.alpha_pattern "proj" matches no a'),
         ({"init": "pissa", "r": 17}, False, "at most 16 singular values of model.layers.0."
          "self_attn.k_proj, and its rank is 17"),
     ],
@@ -356,7 +357,7 @@ def test_principal_is_the_best_approximation():
     torch.testing.assert_close(1.5 * (B @ A).double(), best, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))  # halved evenly
     flipped = pissa.principal(W, 4, 1.5)
-    assert torch.equal(A, flipped[0])
+    assert torch.equal(A, flipped[0]) and A.is_contiguous() and B.is_contiguous()
     assert (B.gather(0, B.abs().argmax(0, keepdim=True)) > 0).all()
 
 
@@ -416,6 +417,23 @@ def test_pissa_trains_what_peft_trains():
         for part, p in layer.parts("default").items():
             expected = getattr(inner[path], f"lora_{part}")["default"].weight.grad
             assert (p.grad - expected).norm() <= 1e-4 * expected.norm() > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(first):
+    model = tiny()
+    if not first:
+        add_lora(model, LoraConfig(r=4, modules_to_save=["lm_head"]), "first")
+    names = [name for name, _ in model.named_parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    with torch.no_grad():
+        down.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj is not finite"):
+        add_lora(model, LoraConfig(r=4, init="pissa", modules_to_save=["lm_head"]))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert adapter_names(model) == ([] if first else ["first"])
 
 
 # ---- all kinds together --------------------------------------------------------------------------

@@ -320,6 +320,17 @@ def test_one_of_several_is_saved(tmp_path):
     assert len(safetensors.torch.load_file(tmp_path / "two" / TENSORS)) == 4 * 2 + 1
 
 
+def test_an_adapter_of_another_kind_is_not_loaded_over(tmp_path):
+    model = tiny()
+    add_lora(model, LoraConfig(r=4, use_dora=True))
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
+    plain = tiny()
+    add_lora(plain, LoraConfig(r=4))
+    with pytest.raises(InputError, match=r'only one of .* and the adapter "default" .* is DoRA'):
+        load_adapter(plain, tmp_path)
+
+
 def test_damage_is_refused_before_anything_changes(tmp_path):
     model = tiny()
     add_lora(model, LoraConfig(r=4, use_dora=True, modules_to_save=["lm_head"]))

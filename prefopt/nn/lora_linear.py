@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prefopt import dispatch
+from prefopt.errors import InputError
 from prefopt.nn import dora, pissa
 from prefopt.nn.adapted import Adapted, Masters, compute_dtype
 from prefopt.nn.lora_config import ALL_LINEAR, LoraConfig
@@ -48,7 +49,10 @@ class LoraLinear(Adapted):
         out, width = dense_shape(self.base)
         device = self.base.weight.device
         if config.init == "pissa":
-            A, B = pissa.principal(dora.dense_rows(self.base, self.transposed), r, s)
+            W = dora.dense_rows(self.base, self.transposed)
+            if not W.isfinite().all():
+                raise InputError(f"the weight of {path} is not finite; PiSSA cannot start from it")
+            A, B = pissa.principal(W, r, s)
             self.A0.put(name, A.clone(), trainable=False)
             self.B0.put(name, B.clone(), trainable=False)
         else:

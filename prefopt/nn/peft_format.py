@@ -152,6 +152,11 @@ def _check_same(modules: dict[str, Adapted], config: LoraConfig, name: str, fold
                 f'the adapter "{name}" of the model is PiSSA, which {folder} holds as plain LoRA; '
                 "load it under another name"
             )
+        if isinstance(module, LoraLinear) and (name in module.m) != config.use_dora:
+            raise InputError(
+                f'only one of {folder} and the adapter "{name}" of the model is DoRA; '
+                "load it under another name"
+            )
         have, scale = module.A[name].shape[0], module.scaling[name]
         if (have, scale) != (config.rank(path), config.scale(path)):
             raise InputError(

@@ -24,7 +24,7 @@ def principal(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     U = U[:, :r]
     signs = U.gather(0, U.abs().argmax(0, keepdim=True))[0].sign()
     root = (S[:r] / scale).sqrt() * signs
-    return root[:, None] * Vh[:r], U * root
+    return (root[:, None] * Vh[:r]).contiguous(), (U * root).contiguous()
 
 
 def change(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
