@@ -86,6 +86,7 @@ def test_from_files_as_in_place(tied, stored, dtype, files, tmp_path, caplog):
     assert_same_models(model, want)
     assert report == in_place_report
     assert model.config.to_dict() == want.config.to_dict()
+    assert model.name_or_path == want.name_or_path == str(folder)
     assert model.generation_config.to_dict() == want.generation_config.to_dict()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
@@ -115,6 +116,23 @@ def test_old_names_that_transformers_drops(dense, tmp_path, caplog):
         model, _ = load_quantized(str(folder), torch.float32, CPU)
     assert not caplog.records
     assert_same_models(model, in_place(dense)[0])
+
+
+def test_biases_behind_their_weights(dense, tmp_path, caplog):
+    """A file has its widest types first."""
+
+    def narrow(tensors):
+        for name in tensors:
+            if name.endswith("bias"):
+                tensors[name] = tensors[name].bfloat16()
+
+    folder = rewritten(dense, tmp_path, narrow)
+    names = [name for name in load_tensors(folder / WEIGHTS) if "0.self_attn.q_proj" in name]
+    assert [name.rpartition(".")[2] for name in names] == ["weight", "bias"]
+    with caplog.at_level(logging.INFO, "prefopt"):
+        model, _ = load_quantized(str(folder), torch.float32, CPU)
+    assert not caplog.records
+    assert_same_models(model, in_place(folder)[0])
 
 
 def test_both_tied_weights_in_the_file(tmp_path, caplog):

@@ -74,7 +74,9 @@ class Places:
 
     def fill(self, name: str, tensor: Tensor, device: torch.device) -> None:
         """Puts `tensor` at `name` and where that is tied to, in the dtype the model has there."""
-        old = self.tensors[name]
+        path, _, leaf = name.rpartition(".")
+        # What is there now: a quantised layer has frozen its bias.
+        old = getattr(self.model.get_submodule(path), leaf)
         new = tensor.to(device, old.dtype)
         if isinstance(old, nn.Parameter):
             new = _like(old, new)

@@ -80,7 +80,7 @@ def load_quantized(
     folder = _folder(base)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
-        return _load_packed(folder, config, dtype, device), None
+        return _load_packed(base, folder, config, dtype, device), None
     options = {"kind": kind, "double": double, "search": search}
     quantize_nf4(torch.zeros(1), **options)
     model = empty_model(config, dtype)
@@ -90,16 +90,20 @@ def load_quantized(
         log.info("%s is loaded whole before it is quantised: %s", base, reason)
         del model, places
         model = _load_whole(folder, dtype)
-        return model.to(device), quantize_model(model, skip, device=device, **options)
+        report = quantize_model(model, skip, device=device, **options)
+        return model.to(device), report
     report = _fill_quantized(TensorFiles(folder), places, device, skip, options)
-    return _finished(model, folder, device), report
+    return _finished(model, base, folder, device), report
 
 
 # ---- parts ----
 
 
 def _replace(model: nn.Module, name: str, packed: Packed4, layer: nn.Linear) -> None:
-    model.set_submodule(name, NF4Linear.from_packed(packed, layer.bias).train(layer.training))
+    bias = layer.bias
+    if bias is not None and not bias.is_meta:  # from files the bias may come after the weight
+        bias = bias.to(packed.codes.device)
+    model.set_submodule(name, NF4Linear.from_packed(packed, bias).train(layer.training))
     if packed.codes.device.type == "cpu":
         _give_back()
 
@@ -193,7 +197,9 @@ def _fill_quantized(
     return report
 
 
-def _load_packed(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_packed(
+    base: str, folder: Path, config: Any, dtype: torch.dtype, device: torch.device
+) -> Any:
     """The model of a 4-bit folder, without bitsandbytes."""
     check_config(folder)
     del config.quantization_config
@@ -214,7 +220,7 @@ def _load_packed(folder: Path, config: Any, dtype: torch.dtype, device: torch.de
         if type(layer) is not nn.Linear:
             raise InputError(f"{files.names[name]} has {name} in 4 bits, which is no linear layer")
         _replace(model, path, _moved(value, device), layer)
-    return _finished(model, folder, device)
+    return _finished(model, base, folder, device)
 
 
 def _moved(p: Packed4, device: torch.device) -> Packed4:
@@ -232,12 +238,12 @@ def _check_shape(files: TensorFiles, name: str, have: torch.Size, want: torch.Si
         )
 
 
-def _finished(model: Any, folder: Path, device: torch.device) -> Any:
+def _finished(model: Any, base: str, folder: Path, device: torch.device) -> Any:
     from transformers import GenerationConfig
 
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"{left[:3]} were not filled"
-    model.config._name_or_path = model.name_or_path = str(folder)
+    model.config._name_or_path = model.name_or_path = base
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device)
