@@ -252,10 +252,12 @@ def test_the_folder_is_replaced_whole_or_not_at_all(dense, tmp_path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(bnb_format, "save_shards", full)
-    with pytest.raises(OSError, match="No space"):
-        save_bnb(model, folder)
+    model.config.architectures = ["Other"]
+    for name in ("o", "new"):
+        with pytest.raises(OSError, match="No space"):
+            save_bnb(model, tmp_path / name, storage="bfloat16")
     assert read(folder) == before and [p.name for p in tmp_path.iterdir()] == ["o"]
-    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert model.config.architectures == ["Other"]
 
 
 def umask() -> int:
