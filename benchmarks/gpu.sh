@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within 9 minutes: the kernel tests on the device, the log-prob
-# benchmark, the gather kernels, the host loop's tile sizes, the DPO step where its packages are.
+# benchmark, the gather kernels, the host loop's tile sizes, the 4-bit layer, the DPO step where its
+# packages are.
 #
 #     OUT=folder bash benchmarks/gpu.sh        # JSON and logs go to OUT, or benchmarks/results
 #
@@ -96,8 +97,10 @@ bench() { "$python" benchmarks/bench_logprob.py --device cuda "$@"; }
 export -f bench
 
 part "gather" 45 bash -c 'bench --parts gather --budget 35 --out "$out/gpu_gather.json"'
-part "log-probs" 255 bash -c \
-    'bench --parts time error recompile --budget 235 --out "$out/gpu_logprob.json"'
+part "4-bit" 40 "$python" benchmarks/bench_nf4.py --device cuda --parts linear dequantise quantise \
+    --rounds 5 --shortest 0.005 --out "$out/gpu_nf4.json"
+part "log-probs" 215 bash -c \
+    'bench --parts time error recompile --budget 195 --out "$out/gpu_logprob.json"'
 part "tiles" 45 bash -c 'bench --parts tiles --dtypes bfloat16 --heads frozen trained --entropy no \
     --rows 8192 --tile_cases 8 --case_seconds 2 --budget 35 --out "$out/gpu_tiles.json"'
 
