@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefopt.nn.nf4 import dequantize_nf4, quantize_nf4
 from prefopt_kernels import nf4, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,6 +148,18 @@ def test_the_tile_changes_nothing(config, monkeypatch):
     want = run(p, torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(tuning, "dequantize_config", lambda *_: tuning.Rows(*config))
     assert_same(run(p, torch.bfloat16, torch.bfloat16), want)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_through_prefopt(kind, double):
+    """The kernel behind dequantize_nf4 against the torch path, on a quantised weight."""
+    w = (torch.randn(70, 129, generator=torch.Generator().manual_seed(0)) * 0.02).to(DEVICE)
+    for dtype in DTYPES:
+        p = quantize_nf4(w.to(dtype), kind=kind, double=double)
+        for out in DTYPES:
+            got = dequantize_nf4(p, out, impl="triton")
+            assert_same(got, dequantize_nf4(p, out, impl="torch"))
 
 
 def test_nothing_to_do():
