@@ -37,19 +37,16 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
     skipped: dict[str, str] = {}
     for name in _chosen(modules, config.targets):
         module = modules[name]
-        reason = _why_excluded(name, config.exclude, saved)
-        if reason is None and config.targets == ALL_LINEAR:
-            reason = "it is the output embedding" if module is _head(model) else None
-        own = reason is None
-        reason = reason or why_not_adaptable(module)
-        if reason is None and name in shared:
-            reason = f"it shares its weight with {shared[name]}"
-        if reason is None:
-            names.append(name)
-        elif not own or config.targets == ALL_LINEAR or _is_container(module):
-            skipped[name] = reason
+        unwanted = _why_unwanted(name, config, saved, module is _head(model))
+        cannot = why_not_adaptable(module)
+        if cannot is None and name in shared:
+            cannot = f"it shares its weight with {shared[name]}"
+        if unwanted or (cannot and (config.targets == ALL_LINEAR or _is_container(module))):
+            skipped[name] = unwanted or cannot or ""
+        elif cannot:
+            raise InputError(f"LoRA cannot adapt {name}: {cannot}; take it out of lora.targets")
         else:
-            raise InputError(f"LoRA cannot adapt {name}: {reason}; take it out of lora.targets")
+            names.append(name)
     if not names:
         raise InputError(
             f"lora.targets {config.targets!r} matches no linear layer; {_known(modules)}"
@@ -118,11 +115,14 @@ def _saved(modules: dict[str, nn.Module], shared: dict[str, str], wanted: list[s
     return names
 
 
-def _why_excluded(name: str, exclude: str | list[str], saved: list[str]) -> str | None:
-    if exclude and name_matches(exclude, name):
+def _why_unwanted(name: str, config: LoraConfig, saved: list[str], is_head: bool) -> str | None:
+    """Why a module that could be adapted is left out, if it is."""
+    if config.exclude and name_matches(config.exclude, name):
         return "it is in lora.exclude"
     if any(f"{name}.".startswith(f"{module}.") for module in saved):
         return "it is in lora.modules_to_save"
+    if is_head and config.targets == ALL_LINEAR:
+        return "it is the output embedding"
     return None
 
 
