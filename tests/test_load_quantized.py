@@ -14,7 +14,9 @@ from torch import nn
 
 from prefopt.durable import load_tensors, save_tensors
 from prefopt.errors import InputError
+from prefopt.nn.empty_model import Places, empty_model, mismatch, read_config
 from prefopt.nn.quantize import load_quantized, quantize_model
+from prefopt.nn.tensor_files import TensorFiles
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -32,6 +34,7 @@ def saved(folder: Path, tied=False, dtype=torch.float32, **options) -> Path:
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
+    model.generation_config.max_new_tokens = 7
     model.to(dtype).save_pretrained(folder, **options)
     return folder
 
@@ -88,6 +91,7 @@ def test_from_files_as_in_place(tied, stored, dtype, files, tmp_path, caplog):
     assert model.config.to_dict() == want.config.to_dict()
     assert model.name_or_path == want.name_or_path == str(folder)
     assert model.generation_config.to_dict() == want.generation_config.to_dict()
+    assert model.generation_config.max_new_tokens == 7
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
@@ -189,6 +193,20 @@ def test_fused_experts(tmp_path, caplog):
     assert {x.name.rpartition(".")[2] for x in report.layers} >= {"q_proj", "o_proj"}
     assert any("experts" in reason for reason in report.skipped.values())
     assert_same_models(model, in_place(tmp_path)[0])
+
+
+def test_values_that_transformers_converts(dense, monkeypatch):
+    """Under the same name and in the same shape, so that names do not tell."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    turned = WeightConverter(["o_proj.weight"], ["o_proj.weight"], operations=[Transpose(0, 1)])
+    files = TensorFiles(dense)
+    places = Places(empty_model(read_config(dense), torch.float32))
+    assert mismatch(places, set(files.names), files) is None
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [turned])
+    reason = mismatch(places, set(files.names), files)
+    assert reason == "transformers converts model.layers.0.self_attn.o_proj.weight on loading"
 
 
 NAME = "model.layers.1.mlp.down_proj.weight"

@@ -36,6 +36,7 @@ def test_the_report(dense):
         name: m.weight.detach().clone() for name, m in model.named_modules() if type(m) is nn.Linear
     }
     report = quantize_model(model)
+    assert not any(module.training for module in model.modules())  # as it was
     assert [layer.name for layer in report.layers] == [n for n in before if n != "lm_head"]
     for layer in report.layers:
         w = before[layer.name].double()
