@@ -191,6 +191,42 @@ def test_half_precision_errors_are_roundings(dtype):
         assert error < torch.finfo(dtype).eps  # a few roundings to half an eps each, in the mean
 
 
+def test_a_length_is_not_rounded_to_16_bits():
+    """c = 1.01 has two neighbours in bfloat16, 1.0078 and 1.0156; the mean over tokens shows it."""
+    module, base = layer(64, 48, dtype=torch.bfloat16, bias=False)
+    with torch.no_grad():
+        module.B["default"].zero_()
+        c = 1 + (0.01 + 0.02 * torch.rand(48)) * (1 - 2 * (torch.arange(48) % 2))
+        module.m["default"].copy_(module.row_norms("default") * c)
+    x = torch.randn(4096, 64).bfloat16()
+    y, plain = module(x).double(), x.double() @ base.weight.double().t()
+    gain = (y * plain).sum(0) / plain.square().sum(0)
+    assert (gain - c).abs().mean() < 3e-4  # rounded it would be 1.5e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast_over_a_float32_base(dropout):
+    module, base = layer(64, 48, dropout=dropout)
+    x, g = torch.randn(33, 64, requires_grad=True), torch.randn(33, 48).bfloat16()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    y.backward(g)
+    torch.manual_seed(5)
+    mask = F.dropout(torch.ones(33, 64, dtype=torch.bfloat16), dropout).double() if dropout else 1
+    exact = [t.detach().double().requires_grad_() for t in (x, *trained(module))]
+    masked = exact[0] * mask if dropout else None
+    expected = oracle(base, *exact, 1.5, masked)
+    expected.backward(g.double())
+    assert y.dtype == torch.bfloat16
+    pairs = [(y, expected)]
+    for mine, theirs in zip((x, *trained(module)), exact, strict=True):
+        assert mine.grad.dtype == torch.float32
+        pairs.append((mine.grad, theirs.grad))
+    for mine, theirs in pairs:
+        assert (mine.double() - theirs).norm() < torch.finfo(torch.bfloat16).eps * theirs.norm()
+
+
 def test_saves_x_h_and_one_more():
     module, _ = layer(dtype=torch.bfloat16, bias=False)
     x = torch.randn(50, 24, dtype=torch.bfloat16, requires_grad=True)

@@ -3,6 +3,7 @@ What peft and transformers read of ours, what we read of peft's."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -211,10 +212,35 @@ def test_the_configuration_is_pefts(variant, tmp_path):
     )
     twin.save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / w / CONFIG).read_text()) for w in ("ours", "theirs"))
+    assert not any("." in name for name in ours["target_modules"])  # last parts are enough
     # Ours leaves out what the list of targets does not name anyhow.
     assert set(ours.get("exclude_modules", ())) <= set(theirs.get("exclude_modules") or ())
     for key in ours.keys() - {"target_modules", "exclude_modules"}:
         assert (key, ours[key]) == (key, theirs[key])
+
+
+@pytest.mark.parametrize("variant", ["plain", "embedding", "exclude"])
+def test_what_vllm_asks_of_a_folder(variant, tmp_path):
+    """Its rules (vllm/lora: peft_helper.py, utils.py) as of 2025, written out: which settings it
+    needs and refuses, and how it takes the names of tensors apart."""
+    kind, config = VARIANTS.get(variant, ("llama", {}))
+    model = tiny(kind)
+    add_lora(model, LoraConfig(**{"r": 4, "alpha": 6, **config}))
+    save_adapter(model, tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= said.keys()
+    assert said["bias"] == "none" and not said["modules_to_save"] and not said["use_dora"]
+    found = set()
+    for name in safetensors.torch.load_file(tmp_path / TENSORS):
+        parts = name.split(".")
+        assert parts[:2] == ["base_model", "model"]
+        if parts[-1] == "weight":
+            assert parts[-2] in ("lora_A", "lora_B")
+            found.add(".".join(parts[2:-2]))
+        else:
+            assert parts[-1] in ("lora_embedding_A", "lora_embedding_B")
+            found.add(".".join(parts[2:-1]))
+    assert found == {path for path, _ in adapted_modules(model)}
 
 
 # ---- embeddings stored with the adapter ----------------------------------------------------------
@@ -266,7 +292,11 @@ def test_pissa_is_stored_as_plain_lora_on_the_original_base(use_rslora, use_dora
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     assert saved["rank_pattern"] == {"up_proj": 6}
     with pytest.raises(InputError, match="load it under another name"):
-        load_adapter(model, tmp_path / "trained")  # of another rank than the one in the model
+        load_adapter(model, tmp_path / "trained")
+    add_lora(plain, replace(config, init="kaiming"), "fresh")
+    save_adapter(plain, tmp_path / "same rank", "fresh")
+    with pytest.raises(InputError, match="is PiSSA, which"):
+        load_adapter(model, tmp_path / "same rank")
     load_adapter(model, tmp_path / "trained", "again")
 
 
