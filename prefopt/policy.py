@@ -268,6 +268,13 @@ class Policy(nn.Module):
         """(name, parameter) of what an optimizer moves: the adapter, or every weight."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def resumable(self) -> list[tuple[str, nn.Parameter]]:
+        """What a checkpoint holds: what trains, and where PiSSA started, which another machine's
+        singular vectors would not give to the bit."""
+        starts = (f".A0.{ADAPTER}", f".B0.{ADAPTER}")
+        named = self.model.named_parameters()
+        return [(name, p) for name, p in named if p.requires_grad or name.endswith(starts)]
+
     def parameter_groups(self, lr: float, lora_plus: float = 1.0) -> list[dict[str, Any]]:
         """What an optimizer takes; with ``lora_plus``, LoRA's B learns so many times as fast as A.
 

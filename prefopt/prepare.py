@@ -160,7 +160,7 @@ def read_checkpoint(
             "model and dtype of the checkpoint"
         )
     saved = {name: tuple(value.shape) for name, value in groups["weights"].items()}
-    ours = {name: tuple(p.shape) for name, p in policy.trainable()}
+    ours = {name: tuple(p.shape) for name, p in policy.resumable()}
     if saved != ours:
         name = min(name for name in saved | ours if saved.get(name) != ours.get(name))
         raise InputError(

@@ -276,7 +276,7 @@ class _Loop:
     def _save(self) -> None:
         tensors, state = checkpoint.optimizer_tensors(self.optimizer, self.names)
         groups = {
-            "weights": {name: p.detach() for name, p in self.policy.trainable()},
+            "weights": {name: p.detach() for name, p in self.policy.resumable()},
             "optimizer": tensors,
             "rng": checkpoint.rng_state(),
         }
@@ -294,7 +294,7 @@ class _Loop:
 
     @torch.no_grad()
     def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        for name, p in self.policy.trainable():
+        for name, p in self.policy.resumable():
             p.copy_(groups["weights"][name])
         checkpoint.load_optimizer(
             self.optimizer, self.names, groups["optimizer"], state["optimizer"]

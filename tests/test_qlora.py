@@ -13,6 +13,7 @@ from prefopt.data.packing import pack
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError
 from prefopt.flops import useful_flops
+from prefopt.nn import pissa
 from prefopt.nn.lora import LoraConfig, lora_parameters
 from prefopt.nn.merge import dequantize_base
 from prefopt.nn.nf4_linear import NF4Linear
@@ -258,3 +259,21 @@ def test_lora_plus_trains_and_resumes(tiny_model, tiny_data, tmp_path):
     assert (tmp_path / "one" / "model" / name).read_bytes() != whole
     row = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[1])
     assert row["learning_rate"] <= 5e-3  # that of A
+
+
+def test_a_checkpoint_holds_where_pissa_started(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Another machine's singular vectors differ in their last digits; the run goes on with its own."""
+    flags = [
+        "dpo", "--model", str(tiny_model), "--data", str(tiny_data), "--max_steps", "4",
+        "--eval_fraction", "0", "--lora.r", "4", "--lora.init", "pissa", "--save_every", "2",
+        "--quiet",
+    ]  # fmt: skip
+    for out in ("whole", "cut"):
+        assert main([*flags, "--out", str(tmp_path / out)]) == 0
+    real = pissa.principal
+    monkeypatch.setattr(pissa, "principal", lambda *a: tuple(1.001 * t for t in real(*a)))
+    at = str(tmp_path / "cut" / "checkpoints" / "step-000002")
+    (tmp_path / "cut" / "model").rename(tmp_path / "old")
+    assert main([*flags, "--out", str(tmp_path / "cut"), "--resume", at]) == 0
+    name = "model/adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

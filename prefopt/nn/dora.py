@@ -142,10 +142,11 @@ class _Dora(torch.autograd.Function):
                 dx.mul_(kept.view_as(dx)).mul_(1 / (1 - ctx.dropout)).add_(dispatch.mm_nt(g, W))
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
         if need_A:
-            dA = (cgB.t() @ x).to(A.dtype).mul_(s)
+            dA = dispatch.mm_nt(cgB.t(), x.t()).to(A.dtype).mul_(s)
         if need_B:
             # As (h^T g)^T: on CPU a product with its long side last is the faster one.
-            dB = (h.t() @ cg).t().to(B.dtype, memory_format=torch.contiguous_format).mul_(s)
+            dB = dispatch.mm_nt(h.t(), cg.t()).t()
+            dB = dB.to(B.dtype, memory_format=torch.contiguous_format).mul_(s)
         if need_m:
             wide = torch.promote_types(g.dtype, m.dtype)
             step = max(1, BLOCK // g.shape[1])

@@ -184,10 +184,11 @@ class _Lora(torch.autograd.Function):
                 dx.add_(through_A, alpha=s / (1 - ctx.dropout))
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
         if need_A:
-            dA = (gB.t() @ x).to(A.dtype).mul_(s)
+            dA = dispatch.mm_nt(gB.t(), x.t()).to(A.dtype).mul_(s)
         if need_B:
             # As (h^T g)^T: on CPU a product with its long side last is the faster one.
-            dB = (h.t() @ g).t().to(B.dtype, memory_format=torch.contiguous_format).mul_(s)
+            dB = dispatch.mm_nt(h.t(), g.t()).t()
+            dB = dB.to(B.dtype, memory_format=torch.contiguous_format).mul_(s)
         return dx, dA, dB, None, None, None, None
 
 
