@@ -262,7 +262,7 @@ def test_lora_plus_trains_and_resumes(tiny_model, tiny_data, tmp_path):
 
 
 def test_a_checkpoint_holds_where_pissa_started(tiny_model, tiny_data, tmp_path, monkeypatch):
-    """Another machine's singular vectors differ in their last digits; the run goes on with its own."""
+    """Other machines find other last digits of singular vectors; a run goes on with its own."""
     flags = [
         "dpo", "--model", str(tiny_model), "--data", str(tiny_data), "--max_steps", "4",
         "--eval_fraction", "0", "--lora.r", "4", "--lora.init", "pissa", "--save_every", "2",
