@@ -31,6 +31,7 @@ from prefopt.nn.lora import LoraConfig, LoraLinear
 from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.peft_format import load_adapter, save_adapter
 from prefopt.nn.quantize import QuantReport
+from prefopt.nn.rmsnorm import use_lean_rmsnorm
 from prefopt.nn.swiglu import use_lean_swiglu
 from prefopt.rollout.hf import Generation, generate
 
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.lora_report = None
         loading.remove_dropout(model)
         use_lean_swiglu(model)
+        use_lean_rmsnorm(model)
         if next(model.parameters()).device.type == "cpu":
             use_onednn(model)
         own = model.config._attn_implementation
