@@ -9,7 +9,6 @@ Shapes: T tokens, N scored tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, durable, loading, sharing
+from prefopt import attention, durable, fingerprint, loading, sharing
 from prefopt.attention import NAME, Runs
 from prefopt.data.encode import encode_prompts
 from prefopt.data.packing import Batch, Layout
@@ -229,40 +228,16 @@ class Policy(nn.Module):
 
         Hashed again only after an in-place change of a weight.
         """
-        tensors = sorted(self._reference_tensors())
-        version = sum(t._version for _, t in tensors)
+        version = sum(t._version for _, t in fingerprint.tensors(self.model, REFERENCE))
         if self._key_cache is None or self._key_cache[0] != version:
-            digest = hashlib.sha256()
-            for name, tensor in tensors:
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                flat = tensor.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
-            for path, module in lora_module.adapted_modules(self.model):
-                if scale := getattr(module, "scaling", {}).get(REFERENCE):
-                    # The same A and B with another alpha differ.
-                    digest.update(f"{path} {scale}\n".encode())
             autocast = f" autocast {self.autocast}" if self.autocast else ""
             key = {
-                "weights": digest.hexdigest(),
+                "weights": fingerprint.digest(self.model, REFERENCE),
                 "dtype": f"{self.dtype}{autocast}".replace("torch.", ""),
                 "attention": self.attention_class,
             }
             self._key_cache = (version, key)
         return dict(self._key_cache[1])
-
-    def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Under the names of the plain model: which modules carry an adapter is no matter, nor are
-        the tensors of one that is off (<module>.<group>.<adapter>...)."""
-        adapted = [f"{path}." for path, _ in lora_module.adapted_modules(self.model)]
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            prefix = next((p for p in adapted if name.startswith(p)), None)
-            rest = name.removeprefix(prefix or "")
-            if prefix is None:
-                yield name, tensor
-            elif rest.startswith("base."):
-                yield prefix + rest.removeprefix("base."), tensor
-            elif rest.split(".")[1] == REFERENCE:
-                yield name, tensor
 
     # -- training, generating, saving
 
@@ -338,6 +313,8 @@ class Policy(nn.Module):
             save_adapter(self.model, folder, self.adapter, base_model_name_or_path=self.base)
             if self.kind:
                 durable.write_json(folder / loading.QUANTIZATION, {"kind": self.kind})
+            else:
+                (folder / loading.QUANTIZATION).unlink(missing_ok=True)  # of what was here before
             loading.copy_tokenizer(self.base, self.tokenizer, folder)
             return
         with durable.new_dir(folder) as partial, self.plain_attention():

@@ -19,7 +19,10 @@ LAYERS = (
     ("errors", "durable"),
     ("logprobs", "folding", "tiles", "losses", "rl", "dispatch"),
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
-    ("attention", "loading", "sharing", "policy", "reference", "rollout", "checkpoint"),
+    (
+        *("attention", "fingerprint", "loading", "sharing", "policy", "reference"),
+        *("rollout", "checkpoint"),
+    ),
     ("step",),
     ("objectives", "evaluate", "flops"),
     ("train", "prepare", "rundir", "report", "export", "plan", "terminal"),

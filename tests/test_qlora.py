@@ -180,6 +180,8 @@ def test_an_adapter_comes_back_on_the_base_it_was_trained_on(tiny_model, tiny_ro
             assert torch.equal(back(batch), policy(batch))
             assert (dense(batch) - policy(batch)).abs().max() > 0.01
     assert (policy.kind, back.kind, dense.kind) == ("nf4", "nf4", None)
+    load(tiny_model, lora=CONFIGS["lora"]).save_pretrained(tmp_path / "adapter")
+    assert load(tmp_path / "adapter").kind is None  # not what was in the folder before
     (tmp_path / "adapter" / "base_quantization.json").write_text('{"kind": "int3"}')
     with pytest.raises(InputError, match=r"base_quantization\.json"):
         load(tmp_path / "adapter")

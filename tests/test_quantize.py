@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from prefopt.errors import InputError
+from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, add_lora
 from prefopt.nn.nf4 import dequantize_nf4, quantize_nf4
 from prefopt.nn.nf4_linear import NF4Linear
@@ -176,3 +177,10 @@ def test_nothing_to_quantise():
         quantize_model(transformers.GPT2LMHeadModel(config))
     with pytest.raises(InputError, match="none at all"):
         quantize_model(nn.Embedding(3, 3))
+
+
+def test_layers_that_a_policy_has_changed_are_linear_all_the_same(dense):
+    """Those that compute through oneDNN."""
+    plain, changed = loaded(dense), loaded(dense)
+    use_onednn(changed)
+    assert quantize_model(changed).layers == quantize_model(plain).layers

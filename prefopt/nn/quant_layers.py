@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from prefopt.errors import InputError
 from prefopt.nn.adapted import Adapted
+from prefopt.nn.linear import CpuLinear
 from prefopt.nn.lora_linear import is_conv1d
 from prefopt.nn.nf4_linear import NF4Linear
 
+PLAIN = (nn.Linear, CpuLinear)
 HEAD = "lm_head"  # in `skip` it stands for the output embedding whatever its name
 
 
@@ -34,7 +36,7 @@ def choose_layers(model: Any, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
         if entry is not None:
             used.add(entry)
         reason = _why_not(module)
-        if type(module) is nn.Linear:
+        if type(module) in PLAIN:
             others = owners[id(module.weight)]
             if module is head and entry is not None:
                 reason = "the output embedding"
@@ -71,7 +73,7 @@ def _why_not(module: nn.Module) -> str | None:
     """Why a module with a matrix is not quantised; None for what can be, and for all the rest."""
     if is_conv1d(module):
         return "a Conv1D, whose weight is stored the other way round"
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if isinstance(module, nn.Linear) and type(module) not in PLAIN:
         return f"a {type(module).__name__}, which may compute more than a linear layer"
     if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
         if not isinstance(module, nn.modules.conv._ConvNd):
