@@ -31,6 +31,9 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/bench_dpo_step.py $(HH)
 	@$(BIN)/python benchmarks/bench_logprob.py
+	@$(BIN)/python benchmarks/bench_nf4.py
+	@$(BIN)/python benchmarks/bench_lora.py $(HH)
+	@$(BIN)/python benchmarks/bench_qlora.py $(HH)
 
 # Without an NVIDIA driver torch goes in first, as exactly the pinned version, from whichever of pip's
 # sources has a build for the CPU; left to the resolver it would bring gigabytes of CUDA libraries.
