@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
+from prefopt.nn.empty_model import first_line, read_config
 from prefopt.nn.nf4 import CODEBOOKS
 from prefopt.nn.nf4_linear import NF4Linear
-from prefopt.nn.quantize import QuantReport, load_quantized
+from prefopt.nn.quantize import QuantReport, load_quantized, load_whole
 
 EMBEDDED = Path(__file__).parent / "assets"  # the tiny model and preference data of `prefopt demo`
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -134,7 +134,7 @@ def load_model(
     ``load_quantized``); a folder whose weights are 4-bit already is read as it is. Every failure
     is an InputError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -146,31 +146,14 @@ def load_model(
     if kind or stored:
         model, report = load_quantized(base, dtype, device, kind=kind or stored or "nf4", **options)
         return model, tokenizer, report
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, output_loading_info=True
-            )
-            model, info = loaded
-    except Exception as error:
-        raise InputError(f"cannot load a model from {base}: {first_line(error)}") from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
-    return model.to(device), tokenizer, None
+    return load_whole(base, dtype).to(device), tokenizer, None
 
 
 def stored_kind(base: str) -> str | None:
-    """ "nf4" or "fp4" for a folder of 4-bit weights (bitsandbytes' format), else None."""
-    file = Path(base) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    quantization = config.get("quantization_config") or {}
-    return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """ "nf4" or "fp4" for a model whose weights are stored in 4 bits (bitsandbytes' format)."""
+    config = getattr(read_config(base), "quantization_config", None) or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    return config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
 
 
 def backbone(model: Any) -> Any:

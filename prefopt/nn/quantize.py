@@ -89,7 +89,7 @@ def load_quantized(
     if reason is not None:
         log.info("%s is loaded whole before it is quantised: %s", base, reason)
         del model, places
-        model = _load_whole(folder, dtype)
+        model = load_whole(folder, dtype)
         report = quantize_model(model, skip, device=device, **options)
         return model.to(device), report
     report = _fill_quantized(TensorFiles(folder), places, device, skip, options)
@@ -146,21 +146,22 @@ def _why_whole(folder: Path, places: Places, dtype: torch.dtype) -> str | None:
     return mismatch(places, set(files.names), files)
 
 
-def _load_whole(folder: Path, dtype: torch.dtype) -> Any:
+def load_whole(base: str | Path, dtype: torch.dtype) -> Any:
+    """The dense causal language model of a folder or hub id; every failure is an InputError."""
     from transformers import AutoModelForCausalLM
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
+                base, dtype=dtype, output_loading_info=True
             )
             model, info = loaded
     except Exception as error:
-        raise InputError(f"cannot load a model from {folder}: {first_line(error)}") from None
+        raise InputError(f"cannot load a model from {base}: {first_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"{folder} lacks weights the model needs: {missing}; it is damaged")
+        raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
     return model
 
 
