@@ -156,7 +156,7 @@ def dequantise_part(args: argparse.Namespace) -> list[dict[str, Any]]:
     rate = copy_rate(args.device) if args.device != "cpu" else None
     for case, w in weights(args):
         packed = quantize_nf4(w, double=case["double"])
-        layer = NF4Linear.from_packed(packed)
+        layer = NF4Linear(packed)
         ways = {
             "prefopt": lambda p=packed: dequantize_nf4(p),
             "prefopt (scratch)": lambda m=layer, d=w.dtype: dense_weight(m, frozen_tensors(m), d),

@@ -31,7 +31,7 @@ _MODULE_OF = {
     "encode_pairs": "data.encode",
     "Batch": "data.packing",
     "pack": "data.packing",
-    "LoraConfig": "nn.lora",
+    "LoraConfig": "nn.lora_config",
     "add_lora": "nn.lora",
     "adapters": "nn.lora",
     "merge_lora": "nn.merge",
@@ -80,9 +80,9 @@ if TYPE_CHECKING:
     from prefopt.losses import loss_from as loss_from
     from prefopt.nn.bnb_format import load_bnb as load_bnb
     from prefopt.nn.bnb_format import save_bnb as save_bnb
-    from prefopt.nn.lora import LoraConfig as LoraConfig
     from prefopt.nn.lora import adapters as adapters
     from prefopt.nn.lora import add_lora as add_lora
+    from prefopt.nn.lora_config import LoraConfig as LoraConfig
     from prefopt.nn.merge import merge_lora as merge_lora
     from prefopt.nn.merge import unmerge as unmerge
     from prefopt.nn.nf4 import Packed4 as Packed4

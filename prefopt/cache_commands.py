@@ -7,7 +7,7 @@ from pathlib import Path
 from prefopt.commands import Dtype, Quantize, load_policy, pairs
 from prefopt.config import TrainConfig, default_cache
 from prefopt.errors import InputError
-from prefopt.nn.lora_linear import LoraConfig
+from prefopt.nn.lora_config import LoraConfig
 from prefopt.terminal import say
 
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from prefopt import __version__, cache_commands, commands, weight_commands
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
-from prefopt.nn.lora_linear import LoraConfig
+from prefopt.nn.lora_config import LoraConfig
 from prefopt.usage import argument_message
 
 Command = Callable[..., int]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
-from prefopt.nn.lora_linear import LoraConfig
+from prefopt.nn.lora_config import LoraConfig
 from prefopt.terminal import describe, finish, say, show_plan, summary_line
 
 if TYPE_CHECKING:

@@ -26,17 +26,23 @@ def why_not(op: str, device: torch.device | str, dtype: torch.dtype = torch.floa
 
 
 def _cannot_run(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _importable("triton"):
         return "triton is not installed"
-    if importlib.util.find_spec("prefopt_kernels") is None:
+    if not _importable("prefopt_kernels"):
         return "prefopt_kernels is not importable (install the project: pip install -e .)"
-    if importlib.util.find_spec(f"prefopt_kernels.{op}") is None:
+    if not _importable(f"prefopt_kernels.{op}"):
         return f"prefopt_kernels has no {op} kernel"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the {op} kernel has no {str(dtype).removeprefix('torch.')} variant"
     if op == "fused":  # the only one that needs matrix units
         return kernels("fused").supported(kernels("tuning").arch(device))
     return None
+
+
+@functools.cache
+def _importable(module: str) -> bool:
+    """Asked for in every call of an operation, and looked up on disk once."""
+    return importlib.util.find_spec(module) is not None
 
 
 def choose(op: str, device: torch.device, impl: str, dtype: torch.dtype = torch.float32) -> str:

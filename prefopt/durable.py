@@ -25,7 +25,8 @@ from prefopt.errors import InputError
 
 TMP = ".tmp-"
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_DTYPES = {
+# torch's names -> those of the safetensors format
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -75,7 +76,7 @@ def save_tensors(
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

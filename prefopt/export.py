@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from prefopt.nn import merge
 from prefopt.nn.lora import adapters, unload_lora
 from prefopt.policy import ADAPTER, Policy
 
-Into = Literal["auto", "original", "dequantized", "4bit"]
 TEXTS, ROWS = 8, 32  # whose logits are compared: pairs, and tokens of each
 NOISE = 1e-6  # nats a token; what two ways to round the same model may differ by
 
@@ -75,49 +74,44 @@ def merge_policy(
     encoded: Sequence[Encoded],
     out: str | Path,
     *,
-    into: Into = "auto",
+    requantize: bool = False,
     original: Policy | None = None,
     force: bool = False,
 ) -> tuple[merge.MergeReport, Verdict]:
     """Merges the adapter of `policy`, compares, and writes the folder `out`.
 
-    into: "original" takes the weights of `original`, the same adapter on the dense base; the
-    others those that the adapter was trained on, "dequantized" from 4 bits (what "auto" does) or
-    kept in "4bit". Afterwards `policy` is used up. InputError, and nothing is written, when the
-    merged model is not the trained one any more (Verdict.kept), unless `force`.
+    Into the weights it was trained on, dequantised if they are 4-bit, or, with `requantize`, into 4
+    bits again; or into those of `original`, the same adapter on another base. Afterwards `policy`
+    is used up. InputError, and nothing is written, when the merged model is not the trained one any
+    more (Verdict.kept), unless `force`.
     """
     if policy.adapter is None:
         raise InputError(f"{policy.base} has no adapter to merge; give an adapter or run folder")
     trained = read(policy, encoded)
     with adapters(policy.model, None):
         base = read(policy, encoded)
-    if into == "original" and original is not None:
-        policy = original
-    elif into in ("auto", "dequantized"):
+    policy = original or policy
+    if not requantize:
         merge.dequantize_base(policy.model)
-    report = merge.merge_lora(policy.model, ADAPTER, requantize=into == "4bit", keep=False)
+    report = merge.merge_lora(policy.model, ADAPTER, requantize=requantize, keep=False)
     unload_lora(policy.model)
     policy.adapter = None
     verdict = compare(trained, base, read(policy, encoded))
     if not (verdict.kept or force):
+        elsewhere, wide = original is not None or requantize, policy.dtype.itemsize >= 4
+        advice = "keep the adapter as it is" if wide else "merge in --dtype float32"
+        if elsewhere:
+            advice = "merge into the weights it was trained on with --into dequantized"
         raise InputError(
             f"merging lost much of the training, so nothing was written: KL to the trained model "
             f"{verdict.kl_merged:.2e} nats a token, the untrained base has {verdict.kl_base:.2e}, "
             f"and the same preference in {verdict.agreement:.0%} of {verdict.pairs} pairs; "
-            f"{_advice(into, policy)}, or write it all the same with --force"
+            f"{advice}, or write it all the same with --force"
         )
     policy.save_pretrained(out)
     changes = {path: change._asdict() for path, change in report.changes.items()}
     durable.write_json(Path(out) / "merge_report.json", {**asdict(verdict), "layers": changes})
     return report, verdict
-
-
-def _advice(into: Into, policy: Policy) -> str:
-    if into in ("original", "4bit"):
-        return "merge into the weights it was trained on with --into dequantized"
-    if policy.dtype.itemsize < 4:
-        return "merge in --dtype float32"
-    return "keep the adapter as it is"
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class Policy(nn.Module):
         )
         policy = cls(model, tokenizer, base=loading.absolute(source.base), attention=attention)
         policy.quant_report = report
-        policy.kind = None if loading.stored_kind(source.base) else kind
+        policy.kind = kind if report else None  # no report: the folder says it itself
         if source.adapter is not None:
             load_adapter(model, source.adapter, ADAPTER)
             policy._adapter_added()

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config import TrainConfig, default_cache
-from prefopt.nn.lora_linear import LoraConfig
+from prefopt.nn.lora_config import LoraConfig
 
 if TYPE_CHECKING:
     from prefopt.policy import Policy

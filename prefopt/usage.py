@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from prefopt.nn.lora_linear import LoraConfig
+from prefopt.nn.lora_config import LoraConfig
 
 # What the same thing is called elsewhere, and too unlike our name to be found by its letters.
 ALIASES = {

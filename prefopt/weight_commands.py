@@ -8,7 +8,6 @@ from typing import Literal
 
 from prefopt.commands import Dtype, load_policy, pairs, quiet_transformers
 from prefopt.errors import InputError
-from prefopt.export import Into
 from prefopt.terminal import say
 
 
@@ -61,7 +60,7 @@ def quantize(
 def merge(
     model: str,
     out: str,
-    into: Into = "auto",
+    into: Literal["dequantized", "original", "4bit"] = "dequantized",
     data: str | None = None,
     pairs_checked: int = 64,
     max_length: int = 1024,
@@ -76,7 +75,7 @@ def merge(
         model: run or adapter folder.
         out: the new folder, for transformers and vLLM.
         into: dequantized are the weights it was trained on, in 16 bits or more; original those
-            before they became 4-bit; 4bit rounds to 4 bits again; auto is dequantized.
+            before they became 4-bit; 4bit rounds to 4 bits again.
         data: preference pairs to compare the models on; null is what the run trained on.
         pairs_checked: how many of them.
         max_length: most tokens of prompt and response.
@@ -104,7 +103,7 @@ def merge(
     if not len(encoded):
         raise InputError(f"no pair of {given} fits into {length} tokens; raise --max_length")
     report, verdict = merge_policy(
-        policy, list(encoded), out, into=into, original=original, force=force
+        policy, list(encoded), out, requantize=into == "4bit", original=original, force=force
     )
     for line in (*report.lines(), *verdict.lines()):
         say(line)

@@ -279,7 +279,7 @@ def test_what_cannot_be_saved(dense, tmp_path):
             save_bnb(model, **{"dir": tmp_path / "o"} | arguments)
     assert not (tmp_path / "o").exists()
     odd = nn.Module()
-    odd.x = NF4Linear.from_packed(quantize_nf4(torch.randn(3, 6)))
+    odd.x = NF4Linear(quantize_nf4(torch.randn(3, 6)))
     with pytest.raises(InputError, match="x has 9 packed bytes, which cannot be viewed as float32"):
         save_bnb(odd, tmp_path / "o", storage="float32")
     with pytest.raises(InputError, match="call quantize_model first"):

@@ -86,7 +86,7 @@ def test_json_is_utf8_and_refuses_nan_before_touching_the_file(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"π": [1, 0.1, None]}
 
 
-@pytest.mark.parametrize("dtype", durable._DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", durable.DTYPES, ids=str)
 def test_tensors_are_the_librarys_own_bytes(tmp_path, dtype):
     tensors = {
         "matrix": torch.arange(6).reshape(2, 3).to(dtype),
@@ -105,7 +105,7 @@ def test_tensors_are_the_librarys_own_bytes(tmp_path, dtype):
 @given(
     st.dictionaries(
         st.text(max_size=8).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(list(durable._DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
+        st.tuples(st.sampled_from(list(durable.DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
         max_size=6,
     )
 )

@@ -253,7 +253,7 @@ def test_everything_is_bytes(width, options, shapes):
 def test_packed_is_a_view_of_what_was_quantised(width, options):
     base = dense(width=width, dtype=torch.bfloat16)
     p = quantize_nf4(base.weight, **options)
-    layer = NF4Linear.from_packed(p, base.bias)
+    layer = NF4Linear(p, base.bias)
     for name, mine in layer.packed()._asdict().items():
         theirs = getattr(p, name)
         assert torch.equal(mine, theirs) if torch.is_tensor(mine) else mine == theirs, name

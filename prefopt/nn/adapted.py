@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prefopt.errors import InputError
@@ -136,11 +135,3 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def adapted_modules(model: nn.Module) -> list[tuple[str, Adapted]]:
     """(module name, module) of all that carries an adapter, in the order of the model."""
     return [(name, m) for name, m in base_modules(model) if isinstance(m, Adapted)]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a product with `x` is computed in: autocast's where it is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype

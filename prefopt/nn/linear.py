@@ -63,3 +63,11 @@ def use_onednn(model: nn.Module) -> int:
     for module in found:
         module.__class__ = CpuLinear
     return len(found)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with `x` is computed in: autocast's where it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -22,11 +22,10 @@ from torch.autograd.function import once_differentiable
 from prefopt import dispatch
 from prefopt.errors import InputError
 from prefopt.nn import dora, pissa
-from prefopt.nn.adapted import Adapted, Masters, compute_dtype
-from prefopt.nn.lora_config import ALL_LINEAR, LoraConfig
+from prefopt.nn.adapted import Adapted, Masters
+from prefopt.nn.linear import compute_dtype
+from prefopt.nn.lora_config import LoraConfig
 from prefopt.nn.nf4_linear import NF4Linear, dense_weight, frozen_tensors
-
-__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "is_conv1d"]
 
 
 class LoraLinear(Adapted):

@@ -21,6 +21,7 @@ from prefopt.nn.adapted import Adapted, adapted_modules
 from prefopt.nn.lora import require
 from prefopt.nn.lora_embedding import LoraEmbedding
 from prefopt.nn.lora_linear import LoraLinear
+from prefopt.nn.nf4 import quantize_nf4
 from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.saved_module import SavedModule
 
@@ -119,8 +120,6 @@ def _check(model: nn.Module, name: str, requantize: bool) -> None:
 
 def _merged(layer: Adapted, name: str) -> tuple[nn.Module, Change | None]:
     """A new base that computes what the layer does, and what rounding did to the change."""
-    new = copy.copy(layer.base)  # another module over the same tensors
-    new._parameters, new._buffers = dict(new._parameters), dict(new._buffers)
     if isinstance(layer, SavedModule):
         new = copy.deepcopy(layer.base)
         new.load_state_dict(layer.merged_state(name), strict=False)
@@ -129,15 +128,12 @@ def _merged(layer: Adapted, name: str) -> tuple[nn.Module, Change | None]:
     want, base = layer.merged_weight(name), layer.base
     if isinstance(base, NF4Linear):
         options = {"kind": base.kind, "block": base.block, "double": base.nested is not None}
-        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(want.to(base.dtype), requires_grad=False)
-        packed = NF4Linear.from_linear(dense, **options).packed()
-        new = NF4Linear.from_packed(packed, base.bias)
+        new = NF4Linear(quantize_nf4(want.to(base.dtype), **options), base.bias)
         return new, _change(base.dequantize(), want, new.dequantize())
-    old = base.weight
-    weight = nn.Parameter(want.to(old.dtype), requires_grad=False)
-    new._parameters["weight"] = weight
-    return new, _change(old, want, weight)
+    weight = nn.Parameter(want.to(base.weight.dtype), requires_grad=False)
+    new = copy.copy(base)  # another module over the same tensors, but for this one
+    new._parameters = {**base._parameters, "weight": weight}
+    return new, _change(base.weight, want, weight)
 
 
 def _change(old: Tensor, want: Tensor, new: Tensor) -> Change:

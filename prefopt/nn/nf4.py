@@ -131,7 +131,7 @@ def dequantize_nf4(
         )
     flat = out.view(-1)
     between = torch.float32 if p.dtype == torch.float64 else p.dtype
-    if _implementation(out.device, impl, dtype) == "triton":
+    if dispatch.choose("nf4", out.device, impl, dtype) == "triton":
         dispatch.kernels("nf4").dequantize(
             p.codes, p.scales, p.nested, p.offset, _codebook(p.kind, out.device),
             _dynamic(out.device), n, p.block, between, flat,
@@ -195,7 +195,7 @@ def _encode(x: Tensor, scales: Tensor, kind: str) -> Tensor:
     """The nearest codes, of two the lower one: x [m, block], [m] -> uint8 [m, block / 2]."""
     _, bounds, order = _sorted_codebook(kind, x.device)
     x = x * safe_reciprocal(scales)[:, None]
-    # Fifteen comparisons in the cache are three times as fast as torch.bucketize.
+    # Comparisons of whole pieces in the cache; torch.bucketize searches for each element.
     q = (x > bounds[0]).view(torch.uint8)
     for bound in bounds[1:]:
         q += (x > bound).view(torch.uint8)
@@ -227,19 +227,13 @@ def _hurts(scales: Tensor, decoded: Tensor) -> bool:
     """Whether 8-bit scales would damage a weight whose blocks differ by orders of magnitude.
 
     Measured on the tensor: the mean over its blocks of min(1, (a'/a - 1)^2), a' the scale after
-    the round trip. It is 2e-5 for weights of one size; 1e-3, a tenth of what NF4 itself loses, is
-    passed when one block in a thousand is lost (the error is absolute: small scales drown in
-    their large neighbours' and may even change their sign).
+    the round trip. 1e-3, a tenth of what NF4 itself loses, is passed when one block in a thousand
+    is lost (the error is absolute: small scales drown in their large neighbours' and may even
+    change their sign).
     """
     live = scales != 0
     loss = (decoded[live] / scales[live] - 1).square().clamp_(max=1)
     return bool(live.any()) and not bool(loss.mean() <= _HURTS)
-
-
-@functools.cache
-def _implementation(device: torch.device, impl: str, dtype: torch.dtype) -> str:
-    """dispatch.choose, which takes 0.1 ms on a GPU: as long as the decoding of a small weight."""
-    return dispatch.choose("nf4", device, impl, dtype)
 
 
 def _decode(p: Packed4, out: Tensor, between: torch.dtype, compiled: bool) -> None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from prefopt import dispatch
 from prefopt.errors import InputError
+from prefopt.nn.linear import compute_dtype
 from prefopt.nn.nf4 import Packed4, dequantize_nf4, quantize_nf4
 
 
@@ -60,11 +61,7 @@ class NF4Linear(nn.Module):
                 f"a layer of class {type(linear).__name__} cannot be quantised to 4 bits; only "
                 "nn.Linear can, whose weight is [out, in]"
             )
-        return cls.from_packed(quantize_nf4(linear.weight, **options), linear.bias)
-
-    @classmethod
-    def from_packed(cls, p: Packed4, bias: Tensor | None = None) -> NF4Linear:
-        return cls(p, bias)
+        return cls(quantize_nf4(linear.weight, **options), linear.bias)
 
     def packed(self) -> Packed4:
         """The weight as stored: views, no copies."""
@@ -76,10 +73,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        return _Product.apply(x, self.bias, self, *frozen_tensors(self))
+        return _Product.apply(x.to(compute_dtype(x)), self.bias, self, *frozen_tensors(self))
 
     def extra_repr(self) -> str:
         return (

@@ -103,7 +103,7 @@ def _replace(model: nn.Module, name: str, packed: Packed4, layer: nn.Linear) -> 
     bias = layer.bias
     if bias is not None and not bias.is_meta:  # from files the bias may come after the weight
         bias = bias.to(packed.codes.device)
-    model.set_submodule(name, NF4Linear.from_packed(packed, bias).train(layer.training))
+    model.set_submodule(name, NF4Linear(packed, bias).train(layer.training))
     if packed.codes.device.type == "cpu":
         _give_back()
 
