@@ -141,16 +141,25 @@ class Policy(nn.Module):
         obstacle = attention.varlen_obstacle(probe.to(self.device))
         return "shared-runs" if obstacle else "shared-varlen"
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Log-probs of ``batch.targets`` under the active adapter, [N] float32."""
-        device = self.device.type
+    def forward(self, batch: Batch, *, collisions: bool = False) -> Any:
+        """Log-probs of ``batch.targets`` under the active adapter, [N] float32.
+
+        With ``collisions`` also log sum_v pi(v)^2 of each of these tokens' distributions, [N]
+        float32 without gradient: how probable it is that two draws agree.
+        """
+        device, n = self.device.type, len(batch.targets)
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             rows, targets = (_round_up(x, 16) for x in (batch.score_rows, batch.targets))
             hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
             hidden, weight, bias = self._head(hidden)
-            logps = token_logprobs(hidden, weight, targets, bias=bias, **self._head_options)
-        assert isinstance(logps, Tensor)
-        return logps[: len(batch.targets)]
+            options = {"bias": bias, **self._head_options}
+            logps: Any = token_logprobs(hidden, weight, targets, **options)
+            if not collisions:
+                return logps[:n]
+            # log sum p^2 = lse(2 z) - 2 lse(z), and at temperature 1/2 log p(y) = 2 z_y - lse(2 z)
+            with torch.no_grad():
+                sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
+                return logps[:n], (2 * logps - sharp)[:n]
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows, row length, D]."""

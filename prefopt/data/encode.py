@@ -25,16 +25,26 @@ from prefopt.data.template import choose_template, render_conversation, render_p
 from prefopt.errors import InputError
 
 BATCH = 256  # pairs per call of the tokenizer
+DESIRABLE, UNDESIRABLE, BASELINE = 1, 0, -1  # labels; BASELINE: a response to another prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt [P >= 1] and its responses, each [n_k >= 1], int32; `index` is the row encoded."""
+    """A prompt [P >= 1] and its responses, each [n_k >= 1], int32; `index` is the row encoded.
+
+    `scored` [n] bool: which tokens of a single response count (None: all). `labels`: one of
+    DESIRABLE, UNDESIRABLE and BASELINE per response, for losses on single responses. `margin` and
+    `source` are the record's.
+    """
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     index: int
     weight: float = 1.0
+    margin: float | None = None
+    source: str | None = None
+    scored: np.ndarray | None = None
+    labels: tuple[int, ...] | None = None
 
 
 class EncodedSet(Sequence[Encoded]):
@@ -83,7 +93,7 @@ def encode_pairs(
     counts: Counter[str] = Counter(truncated=0)
     items: list[Encoded] = []
     prompt_lengths: list[int] = []
-    for index, tokens in _tokenized(pairs, tokenizer, chosen_template.name):
+    for index, pair, tokens in _tokenized(pairs, tokenizer, chosen_template.name):
         if isinstance(tokens, str):
             counts[f"dropped: {tokens}"] += 1
             continue
@@ -99,7 +109,8 @@ def encode_pairs(
         counts["truncated"] += sum(len(a) < len(b) for a, b in zip(kept, responses, strict=True))
         inside = sum(tokenizer.eos_token_id in response[:-1] for response in kept)
         counts["responses with an EOS token inside"] += inside
-        items.append(Encoded(prompt[:size].copy(), kept, index))
+        about = {"margin": pair.margin, "source": pair.source}
+        items.append(Encoded(prompt[:size].copy(), kept, index, **about))
     counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
     if not items:
         raise InputError(_nothing_left(counts, prompt_lengths, max_length))
@@ -135,8 +146,8 @@ def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
 
 def _tokenized(
     pairs: Iterable[Pair], tokenizer: Any, template: str
-) -> Iterator[tuple[int, list[np.ndarray] | str]]:
-    """(index, [prompt, whole chosen, whole rejected] or why the pair cannot be rendered)."""
+) -> Iterator[tuple[int, Pair, list[np.ndarray] | str]]:
+    """(index, pair, [prompt, whole chosen, whole rejected] or why it cannot be rendered)."""
     numbered = enumerate(pairs)
     while batch := list(islice(numbered, BATCH)):
         texts: list[str] = []
@@ -151,8 +162,8 @@ def _tokenized(
             except InputError as error:
                 refused[index] = str(error)
         ids = iter(_tokenize(texts, tokenizer, template))
-        for index, _ in batch:
-            yield index, refused.get(index) or [next(ids) for _ in range(3)]
+        for index, pair in batch:
+            yield index, pair, refused.get(index) or [next(ids) for _ in range(3)]
 
 
 def _tokenize(texts: list[str], tokenizer: Any, template: str) -> list[np.ndarray]:

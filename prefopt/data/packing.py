@@ -6,9 +6,10 @@ layout the prompt is written once and each response continues it from its own po
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2          one group of two responses
     positions   0  1  2 |  3  4 |  3  4  5
 
-The last token of a response predicts nothing, so it is a target but never an input. In the padded
-layout every response is a row of its own behind a copy of its prompt, for models whose attention
-cannot follow the shared one. Both hold the same responses in the same order.
+The last token of a response predicts nothing, so it is a target but no input, unless its hidden
+state is asked for (`ends`: a reward model reads its score there). In the padded layout every
+response is a row of its own behind a copy of its prompt, for models whose attention cannot follow
+the shared one. Both hold the same responses in the same order.
 
 Shapes: T input tokens, S runs, N scored tokens, R responses.
 """
@@ -51,6 +52,9 @@ class Batch:
     encoded: tuple[Encoded, ...]  # the groups it was packed from: cache keys, splitting
     ref_logprobs: Tensor | None = None  # [N] float32
     weights: Tensor | None = None  # [R] float32, None when all are 1
+    margins: Tensor | None = None  # [groups] float32, 0 where not known; None when none is
+    labels: Tensor | None = None  # [R] int64, of Encoded.labels
+    end_rows: Tensor | None = None  # [R] hidden row of each response's last token, with `ends`
 
     @property
     def num_groups(self) -> int:
@@ -67,7 +71,8 @@ class Batch:
 
     def split(self, max_tokens: int) -> list[Batch]:
         """The same groups in smaller batches of at most ``max_tokens`` tokens."""
-        parts = pack(self.encoded, max_tokens=max_tokens, layout=self.layout)
+        ends = self.end_rows is not None
+        parts = pack(self.encoded, max_tokens=max_tokens, layout=self.layout, ends=ends)
         result, token, response = [], 0, 0
         for part in parts:
             tokens = slice(token, token := token + len(part.targets))
@@ -82,42 +87,43 @@ class Batch:
 
 
 def pack(
-    encoded: Iterable[Encoded], *, max_tokens: int, layout: Layout = "shared"
+    encoded: Iterable[Encoded], *, max_tokens: int, layout: Layout = "shared", ends: bool = False
 ) -> Iterator[Batch]:
     """Pack groups, in order, into batches of at most ``max_tokens`` tokens (padding included).
 
-    A group is never cut: one that is larger than ``max_tokens`` gets a batch of its own.
+    A group is never cut: one that is larger than ``max_tokens`` gets a batch of its own. ``ends``:
+    the last token of every response is an input too, and its row is in ``end_rows``.
     """
     if layout not in ("shared", "padded"):
         raise ValueError(f"layout is 'shared' or 'padded', not {layout!r}")
     held: list[Encoded] = []
     rows = width = 0  # what the batch measures so far: (1, tokens) or (responses, longest)
     for item in encoded:
-        new_rows, new_width = _grow(item, rows, width, layout)
+        new_rows, new_width = _grow(item, rows, width, layout, ends)
         if held and new_rows * new_width > max_tokens:
-            yield _build(held, layout)
-            held, (new_rows, new_width) = [], _grow(item, 0, 0, layout)
+            yield _build(held, layout, ends)
+            held, (new_rows, new_width) = [], _grow(item, 0, 0, layout, ends)
         held.append(item)
         rows, width = new_rows, new_width
     if held:
-        yield _build(held, layout)
+        yield _build(held, layout, ends)
 
 
-def _grow(item: Encoded, rows: int, width: int, layout: Layout) -> tuple[int, int]:
-    prompt, inputs = len(item.prompt), [len(r) - 1 for r in item.responses]
+def _grow(item: Encoded, rows: int, width: int, layout: Layout, ends: bool) -> tuple[int, int]:
+    prompt, inputs = len(item.prompt), [len(r) - (not ends) for r in item.responses]
     if layout == "shared":
         return 1, width + prompt + sum(inputs)
     return rows + len(inputs), max(width, prompt + max(inputs))
 
 
-def _build(items: list[Encoded], layout: Layout) -> Batch:
+def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
     rows, width = 0, 0
     for item in items:
-        rows, width = _grow(item, rows, width, layout)
+        rows, width = _grow(item, rows, width, layout, ends)
     ids = np.zeros(rows * width, np.int64)
     positions = np.zeros(rows * width, np.int64)
     runs: list[tuple[int, int, int, int]] = []
-    score_rows, targets, lengths = [], [], []
+    score_rows, targets, lengths, end_rows = [], [], [], []
 
     def place(tokens: np.ndarray, at: int, position: int) -> int:
         ids[at : at + len(tokens)] = tokens
@@ -135,19 +141,24 @@ def _build(items: list[Encoded], layout: Layout) -> Batch:
             if layout == "padded":
                 prompt_start, row_start = cursor, cursor
                 cursor = place(item.prompt, cursor, 0)
-            start, cursor = cursor, place(response[:-1], cursor, prompt)
+            start, cursor = cursor, place(response if ends else response[:-1], cursor, prompt)
+            end_rows.append(start + len(response) - 1)
             if layout == "padded":
                 runs.append((row_start, cursor, row_start, row_start))
                 cursor = row_start + width
             elif cursor > start:
                 runs.append((start, cursor, prompt_start, prompt_start + prompt))
             # The last prompt row predicts the first token, then each token its successor.
-            score_rows.append([prompt_start + prompt - 1])
-            score_rows.append(np.arange(start, start + len(response) - 1))
-            targets.append(response)
-            lengths.append(len(response))
+            scored = slice(None) if item.scored is None else item.scored
+            predicting = np.arange(start - 1, start + len(response) - 1)
+            predicting[0] = prompt_start + prompt - 1
+            score_rows.append(predicting[scored])
+            targets.append(response[scored])
+            lengths.append(len(targets[-1]))
 
     weights = [float(item.weight) for item in items for _ in item.responses]
+    margins = [item.margin for item in items]
+    labels = [label for item in items for label in item.labels or ()]
     return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
@@ -160,4 +171,9 @@ def _build(items: list[Encoded], layout: Layout) -> Batch:
         shape=(rows, width),
         encoded=tuple(items),
         weights=None if all(w == 1 for w in weights) else torch.tensor(weights),
+        margins=None
+        if margins.count(None) == len(items)
+        else torch.tensor([m or 0.0 for m in margins]),
+        labels=torch.tensor(labels) if labels else None,
+        end_rows=torch.tensor(end_rows) if ends else None,
     )

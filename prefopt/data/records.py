@@ -29,6 +29,42 @@ class Pair:
     source: str | None = None
 
 
+@dataclass(frozen=True)
+class Dialogue:
+    """What to imitate: a conversation, or in `text` plain text without speakers (then no turns)."""
+
+    turns: list[Message]
+    text: str | None = None
+    source: str | None = None
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The turns before the assistant speaks first; of plain text, the text itself."""
+        if self.text is not None:
+            return [Message("text", self.text)]
+        first = next((i for i, m in enumerate(self.turns) if m.role == "assistant"), None)
+        return self.turns[:first]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """K >= 2 responses to one prompt, the best one first; no two of them are equally good."""
+
+    prompt: list[Message]
+    responses: list[list[Message]]
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One response to a prompt and whether it is a desirable one."""
+
+    prompt: list[Message]
+    response: list[Message]
+    desirable: bool
+    source: str | None = None
+
+
 @dataclass
 class DataReport:
     """What was read, how it was understood and why, and a count per reason for every dropped row.

@@ -1,19 +1,11 @@
-"""`load_preferences`: any source of preference rows to a sequence of `Pair` with a report.
-
-Pairs are spooled to a temporary file as JSON lines, so that a large data set costs one offset per
-pair in memory.
-"""
+"""`load_preferences`: any source of preference rows to a sequence of `Pair` with a report."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-import weakref
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from prefopt.data.files import Row, open_rows
 from prefopt.data.records import DataReport, Message, Pair
@@ -26,45 +18,25 @@ from prefopt.data.schemas import (
     RowDict,
     Schema,
 )
+from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
 SAMPLE = 64  # rows looked at to decide the schema
-SPOOL_BYTES = 64 << 20  # pairs beyond this go from memory to disk
 TIES = ("drop", "soft", "keep")
 Columns = Mapping[str, str | None]
 
 
-class Preferences(Sequence[Pair]):
+class Preferences(Spool[Pair]):
     """Pairs on a spool, read one at a time; `report` says how they came about."""
 
     def __init__(self, report: DataReport):
-        self.report = report
-        self._offsets = array("Q", [0])
-        self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
-        weakref.finalize(self, self._spool.close)
+        super().__init__(report, _pair)
 
-    def _append(self, pair: Pair) -> None:
-        fields = [pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.source]
-        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        self._spool.write(line)
-        self._offsets.append(self._offsets[-1] + len(line))
 
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Pair: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Pair]: ...
-    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = range(len(self))[index]  # negative indices, IndexError
-        self._spool.seek(self._offsets[at])
-        line = self._spool.read(self._offsets[at + 1] - self._offsets[at])
-        *turns, margin, source = json.loads(line)
-        prompt, chosen, rejected = ([Message(*message) for message in side] for side in turns)
-        return Pair(prompt, chosen, rejected, margin, source)
+def _pair(fields: list[Any]) -> Pair:
+    *turns, margin, source = fields
+    prompt, chosen, rejected = ([Message(*message) for message in side] for side in turns)
+    return Pair(prompt, chosen, rejected, margin, source)
 
 
 def load_preferences(
@@ -121,7 +93,7 @@ def _collect(pairs: Iterator[tuple[str, Pair | str]], report: DataReport) -> Pre
             report.drop("identical", where)
         else:
             try:
-                out._append(pair)
+                out.append([pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.source])
             except UnicodeEncodeError:
                 report.drop("text that is not valid Unicode (half a surrogate pair)", where)
                 continue

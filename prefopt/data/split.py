@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Dialogue, Feedback, Message, Pair, Ranking
 from prefopt.errors import InputError
 
 
-def split_pairs(pairs: Iterable[Pair], fraction: float) -> tuple[list[int], list[int]]:
-    """(train indices, held-out indices), ascending, by a hash of the prompt.
+def split_pairs(
+    pairs: Iterable[Pair | Dialogue | Ranking | Feedback], fraction: float
+) -> tuple[list[int], list[int]]:
+    """(train indices, held-out indices) of records, ascending, by a hash of the prompt.
 
     A prompt is held out if its hash, as a number in [0, 1), is below `fraction` (0 <= fraction <
     1): all its pairs go to one side, whatever their order and whatever other rows there are. With

@@ -1,0 +1,50 @@
+"""Records of any kind on a temporary file, so that a large data set costs one offset a record."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+from prefopt.data.records import DataReport
+
+SPOOL_BYTES = 64 << 20  # records beyond this go from memory to disk
+T = TypeVar("T")
+
+
+class Spool(Sequence[T], Generic[T]):
+    """Records as JSON lines, read one at a time; `report` says how they came about.
+
+    `decode` makes a record of the fields it was appended as.
+    """
+
+    def __init__(self, report: DataReport, decode: Callable[[list[Any]], T]):
+        self.report = report
+        self._decode = decode
+        self._offsets = array("Q", [0])
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
+        weakref.finalize(self, self._file.close)
+
+    def append(self, fields: list[Any]) -> None:
+        """Adds a record; UnicodeEncodeError, and nothing is added, for text that is not Unicode."""
+        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]  # negative indices, IndexError
+        self._file.seek(self._offsets[at])
+        line = self._file.read(self._offsets[at + 1] - self._offsets[at])
+        return self._decode(json.loads(line))
