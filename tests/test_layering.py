@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # closes. A package stands for all its modules.
 LAYERS = (
     ("errors", "durable"),
-    ("logprobs", "folding", "tiles", "losses", "rl", "dispatch"),
+    (
+        *("logprobs", "folding", "tiles", "rl", "dispatch"),
+        *("losses", "loss_names", "shaping", "ranking"),
+    ),
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     (
         *("attention", "fingerprint", "loading", "sharing", "policy", "reference"),
@@ -36,7 +39,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Tighter than their layer: all that they may import, besides the standard library.
 ONLY = {
     "errors": set(),
-    "losses": {"torch", "prefopt.errors"},
+    "losses": {"torch", "prefopt.errors", "prefopt.loss_names"},
+    "loss_names": {"prefopt.errors"},
     "tiles": {"torch"},
     "folding": {"torch", "prefopt.dispatch", "prefopt.tiles"},
     "logprobs": {"torch", "prefopt.dispatch", "prefopt.folding", "prefopt.tiles"},
