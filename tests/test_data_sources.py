@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prefopt.data.sources as sources_module
+import prefopt.data.spool as spool_module
 from prefopt.data.files import open_rows, read_rows
 from prefopt.data.records import Message, Pair
 from prefopt.data.sources import load_preferences
@@ -529,7 +529,7 @@ def test_rows_are_streamed(tmp_path):
 
 @pytest.mark.parametrize("spool", [1, 1 << 20])
 def test_preferences_is_a_sequence_on_disk_or_in_memory(monkeypatch, spool):
-    monkeypatch.setattr(sources_module, "SPOOL_BYTES", spool)
+    monkeypatch.setattr(spool_module, "SPOOL_BYTES", spool)
     pairs = load_preferences(PLAIN)
     expected = [simple(row["prompt"], row["chosen"], row["rejected"]) for row in PLAIN]
     assert len(pairs) == 3 and list(pairs) == expected and pairs[-1] == expected[2]
