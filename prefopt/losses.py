@@ -300,32 +300,48 @@ def _log_odds(log_q: Tensor) -> Tensor:
 # -- by name
 
 
+class Term(NamedTuple):
+    weight: float
+    name: str
+    loss: Callable[..., Tensor]
+    options: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Loss:
-    """A weighted sum of losses with their options bound: PairLogps -> [B].
-
-    reference_free: no term reads ref_chosen or ref_rejected; whole_batch: a pair's loss depends on
-    the other pairs; beta: of the first term that has one, else 0.1.
-    """
+    """A weighted sum of losses with their options bound: PairLogps -> [B]."""
 
     name: str
-    reference_free: bool
-    whole_batch: bool
-    beta: float
-    terms: tuple[tuple[float, Callable[..., Tensor], dict[str, Any]], ...]
+    terms: tuple[Term, ...]
 
     def __call__(self, p: PairLogps) -> Tensor:
         total = torch.zeros_like(p.chosen)
-        for weight, loss, options in self.terms:
+        for weight, name, loss, options in self.terms:
             value = loss(p, **options)
             if not isinstance(value, Tensor) or value.shape != p.chosen.shape:
-                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise InputError(
-                    f"loss {loss.__name__!r} returned {what} for {len(p.chosen)} pairs; it must "
-                    "return one number per pair"
+                    f"loss {name!r} returned {what} for {len(p.chosen)} pairs; it must return one "
+                    "number per pair"
                 )
             total = total + weight * value
         return total
+
+    @property
+    def reference_free(self) -> bool:
+        """No term reads ref_chosen or ref_rejected."""
+        return all(t.name in REFERENCE_FREE or _says(t, "reference_free") for t in self.terms)
+
+    @property
+    def whole_batch(self) -> bool:
+        """A pair's loss depends on the other pairs of its batch."""
+        return any(t.name in WHOLE_BATCH or _says(t, "whole_batch") for t in self.terms)
+
+    @property
+    def beta(self) -> float:
+        """beta of the first term that has one, else 0.1."""
+        betas = [t.options.get("beta") for t in self.terms]
+        return next((x for x in betas if isinstance(x, int | float)), 0.1)
 
 
 def loss_from(name: str, **options: Any) -> Loss:
@@ -337,28 +353,31 @@ def loss_from(name: str, **options: Any) -> Loss:
     option, listing the valid ones, and for values out of range.
     """
     options = {k: v for k, v in options.items() if v is not None}
-    weighted = [(w, n, _function(n)) for w, n in weighted_names(name)]
-    takes = dict.fromkeys(k for *_, loss in weighted for k in _options_of(loss))
+    weighted = [(weight, term, _function(term)) for weight, term in weighted_names(name)]
+    takes = dict.fromkeys(k for *_, loss in weighted for k in _defaults(loss))
     for key in options:
         if key not in takes:
             raise InputError(
                 f"loss {name!r} takes no {key!r}{nearest(key, takes)}; it takes: "
                 f"{', '.join(takes) or 'no options'}"
             )
-    terms, betas = [], []
-    for weight, term, loss in weighted:
-        defaults = _options_of(loss)
-        bound = {k: v for k, v in options.items() if k in defaults}
-        for key, value in bound.items():
-            _check_range(term, key, value)
-        if missing := [k for k, v in (defaults | bound).items() if v is inspect.Parameter.empty]:
-            raise InputError(f"loss {term!r} needs a value for {', '.join(missing)}")
-        terms.append((weight, loss, bound))
-        betas += [v for k, v in (defaults | bound).items() if k == "beta"]
-    names = [(n, loss) for _, n, loss in weighted]
-    free = [n in REFERENCE_FREE or getattr(loss, "reference_free", False) for n, loss in names]
-    whole = [n in WHOLE_BATCH or getattr(loss, "whole_batch", False) for n, loss in names]
-    return Loss(name, all(free), any(whole), [*betas, 0.1][0], tuple(terms))
+    return Loss(name, tuple(_bound(*term, options) for term in weighted))
+
+
+def _bound(weight: float, name: str, loss: Callable[..., Tensor], options: dict[str, Any]) -> Term:
+    defaults = _defaults(loss)
+    taken = {k: v for k, v in options.items() if k in defaults}
+    for key, value in taken.items():
+        _check_range(name, key, value)
+    try:
+        inspect.signature(loss).bind(None, **taken)
+    except TypeError as error:
+        raise InputError(f"loss {name!r} cannot be called on pairs: {error}") from error
+    return Term(weight, name, loss, defaults | taken)
+
+
+def _says(term: Term, attribute: str) -> bool:
+    return bool(getattr(term.loss, attribute, False))
 
 
 def _function(name: str) -> Callable[..., Tensor]:
@@ -371,7 +390,7 @@ def _function(name: str) -> Callable[..., Tensor]:
     return LOSSES[name]
 
 
-def _options_of(loss: Callable[..., Tensor]) -> dict[str, Any]:
+def _defaults(loss: Callable[..., Tensor]) -> dict[str, Any]:
     """Options of a loss and their defaults: its parameters after the first."""
     rest = list(inspect.signature(loss).parameters.values())[1:]
     return {k.name: k.default for k in rest if k.kind in (k.KEYWORD_ONLY, k.POSITIONAL_OR_KEYWORD)}
