@@ -82,13 +82,7 @@ def encode_pairs(
     truncation), conversations the chat template refuses. Raises InputError for a tokenizer without
     EOS and when every pair is dropped.
     """
-    if max_length < 2:
-        raise InputError(f"max_length={max_length} leaves no room for a prompt and a response.")
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "The tokenizer has no EOS token, so no response could end: set eos_token in the model "
-            "folder's tokenizer_config.json."
-        )
+    check_limits(tokenizer, max_length)
     chosen_template = choose_template(tokenizer, template)
     counts: Counter[str] = Counter(truncated=0)
     items: list[Encoded] = []
@@ -98,10 +92,10 @@ def encode_pairs(
             counts[f"dropped: {tokens}"] += 1
             continue
         prompt, *wholes = tokens
-        size = min(_common(prompt, whole) for whole in wholes)
+        size = min(common_prefix(prompt, whole) for whole in wholes)
         counts["prompt not a prefix of its conversation, in tokens"] += size < len(prompt)
         prompt_lengths.append(size)
-        responses = [_ended(whole[size:], tokenizer) for whole in wholes]
+        responses = [ended(whole[size:], tokenizer) for whole in wholes]
         kept = _fit(responses, max_length - size) if size else "empty prompt"
         if isinstance(kept, str):
             counts[f"dropped: {kept}"] += 1
@@ -123,7 +117,7 @@ def encode_prompts(
     """Token ids [P] int32 of each prompt, up to where the assistant starts to speak."""
     name = choose_template(tokenizer, template).name
     texts = [render_prompt(prompt, tokenizer, name) for prompt in prompts]
-    encoded = _tokenize(texts, tokenizer, name)
+    encoded = tokenize(texts, tokenizer, name)
     for i, ids in enumerate(encoded):
         if len(ids) == 0:
             raise InputError(f"Prompt {i} is empty: it has no token to start from.")
@@ -133,15 +127,26 @@ def encode_prompts(
 def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     """What the model will see, as (segment, text): the prompt once, then for each response its
     text and either ("eos", ...) or ("truncated", "")."""
-    out = [("prompt", _decode(encoded.prompt, tokenizer))]
+    out = [("prompt", decode(encoded.prompt, tokenizer))]
     for response in encoded.responses:
-        ended = response[-1] == tokenizer.eos_token_id
-        out.append(("response", _decode(response[:-1] if ended else response, tokenizer)))
-        out.append(("eos", _decode(response[-1:], tokenizer)) if ended else ("truncated", ""))
+        whole = response[-1] == tokenizer.eos_token_id
+        out.append(("response", decode(response[:-1] if whole else response, tokenizer)))
+        out.append(("eos", decode(response[-1:], tokenizer)) if whole else ("truncated", ""))
     return out
 
 
 # --- text to tokens ----------------------------------------------------------------------------
+
+
+def check_limits(tokenizer: Any, max_length: int) -> None:
+    """InputError where no prompt with a response that ends could be encoded."""
+    if max_length < 2:
+        raise InputError(f"max_length={max_length} leaves no room for a prompt and a response.")
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has no EOS token, so no response could end: set eos_token in the model "
+            "folder's tokenizer_config.json."
+        )
 
 
 def _tokenized(
@@ -161,12 +166,12 @@ def _tokenized(
                 ]
             except InputError as error:
                 refused[index] = str(error)
-        ids = iter(_tokenize(texts, tokenizer, template))
+        ids = iter(tokenize(texts, tokenizer, template))
         for index, pair in batch:
             yield index, pair, refused.get(index) or [next(ids) for _ in range(3)]
 
 
-def _tokenize(texts: list[str], tokenizer: Any, template: str) -> list[np.ndarray]:
+def tokenize(texts: list[str], tokenizer: Any, template: str) -> list[np.ndarray]:
     """Ids of each text. A chat template writes its own special tokens; other text gets those that
     the tokenizer puts in front (BOS), never those it puts behind."""
     if not texts:
@@ -198,24 +203,24 @@ def _start_ids(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if full[0] == tokenizer.bos_token_id else []
 
 
-def _decode(ids: np.ndarray, tokenizer: Any) -> str:
+def decode(ids: np.ndarray, tokenizer: Any) -> str:
     return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
 
 # --- the rules ---------------------------------------------------------------------------------
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common prefix of two id arrays."""
     size = min(len(a), len(b))
     different = np.flatnonzero(a[:size] != b[:size])
     return int(different[0]) if len(different) else size
 
 
-def _ended(response: np.ndarray, tokenizer: Any) -> np.ndarray:
+def ended(response: np.ndarray, tokenizer: Any) -> np.ndarray:
     """The response up to the EOS that ends it (only white space may follow), or with one added."""
     ends = np.flatnonzero(response == tokenizer.eos_token_id)
-    if len(ends) and not _decode(response[ends[-1] + 1 :], tokenizer).strip():
+    if len(ends) and not decode(response[ends[-1] + 1 :], tokenizer).strip():
         return response[: ends[-1] + 1].copy()
     return np.append(response, np.int32(tokenizer.eos_token_id))
 

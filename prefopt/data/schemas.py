@@ -42,13 +42,13 @@ MARKER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
 
 
 class Schema(NamedTuple):
-    """One shape of preference rows."""
+    """One shape of rows."""
 
     name: str
     needs: tuple[str, ...]
     how: str  # one clause for the report: where prompt and responses come from
     fits: Callable[[RowDict], bool]
-    convert: Callable[[RowDict], Pair | str]
+    convert: Callable[[RowDict], Any]  # a record, or why the row is dropped
 
 
 # --- one function per schema -------------------------------------------------------------------

@@ -66,14 +66,15 @@ def load_preferences(
     sample = list(islice(rows, SAMPLE))
     decision = detect([row for _, row in sample], columns, name)
     report = DataReport(name, decision.schema.name, decision.reason)
-    return _collect(_pairs(chain(sample, rows), decision.schema, columns), report)
+    return _collect(convert_rows(chain(sample, rows), decision.schema, columns), report)
 
 
-def _pairs(
-    rows: Iterator[Row], schema: Schema, columns: Columns
-) -> Iterator[tuple[str, Pair | str]]:
+def convert_rows(
+    rows: Iterator[Row], schema: Schema, columns: Columns, names: Sequence[str] = CANONICAL
+) -> Iterator[tuple[str, Any]]:
+    """(position, the record that `schema` makes of the row, or why it makes none) of every row."""
     for where, row in rows:
-        row = apply_columns(row, columns) if columns else row
+        row = apply_columns(row, columns, names) if columns else row
         absent = [key for key in schema.needs if row.get(key) is None]
         if absent:
             yield where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}"
@@ -157,7 +158,7 @@ def detect(sample: Sequence[RowDict], columns: Columns, name: str) -> Decision:
     columns are the responses, and when no schema fits any row.
     """
     keys = list(dict.fromkeys(str(key) for row in sample for key in row))
-    _check_columns(columns, keys, name)
+    check_columns(columns, keys, name)
     if not {"chosen", "rejected"} <= columns.keys():
         _check_ambiguous(keys, name)
     mapped = [apply_columns(row, columns) for row in sample] if columns else sample
@@ -173,23 +174,26 @@ def detect(sample: Sequence[RowDict], columns: Columns, name: str) -> Decision:
     return Decision(best[0], f"{best[0].how} (so in {looked})")
 
 
-def apply_columns(row: RowDict, columns: Columns) -> RowDict:
+def apply_columns(row: RowDict, columns: Columns, names: Sequence[str] = CANONICAL) -> RowDict:
     """The row under canonical names; only canonical columns survive. A None hides a column."""
-    out = {key: row[key] for key in CANONICAL if key in row and key not in columns}
+    out = {key: row[key] for key in names if key in row and key not in columns}
     return out | {key: row[name] for key, name in columns.items() if name in row}
 
 
-def _check_columns(columns: Columns, keys: list[str], source: str) -> None:
+def check_columns(
+    columns: Columns, keys: list[str], source: str, names: Sequence[str] = CANONICAL
+) -> None:
+    """InputError unless `columns` maps canonical names to columns that the source has."""
     for canonical, name in columns.items():
-        if canonical not in CANONICAL:
+        if canonical not in names:
             raise InputError(
-                f"columns= cannot map {canonical!r}{_nearest(canonical, CANONICAL)}: it maps "
-                f"{', '.join(CANONICAL)}."
+                f"columns= cannot map {canonical!r}{nearest(canonical, names)}: it maps "
+                f"{', '.join(names)}."
             )
         if name is not None and name not in keys:
             raise InputError(
                 f"columns= takes {canonical!r} from {name!r}, which {source!r} does not have"
-                f"{_nearest(name, keys)}: its columns are {', '.join(keys)}."
+                f"{nearest(name, keys)}: its columns are {', '.join(keys)}."
             )
 
 
@@ -204,7 +208,7 @@ def _check_ambiguous(keys: list[str], source: str) -> None:
         )
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (nearest: {near[0]!r})" if near else ""
 
