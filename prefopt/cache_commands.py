@@ -37,6 +37,7 @@ def build(
         quiet: print nothing but errors.
     """
     from prefopt.metrics import Progress
+    from prefopt.objectives.dpo import DPO
     from prefopt.prepare import fill_cache, make_plan
     from prefopt.reference import ReferenceCache
     from prefopt.stop import Stopped, StopSignal
@@ -44,7 +45,7 @@ def build(
     source = pairs(data, split, columns, quiet=quiet)
     policy = load_policy(model, lora, dtype, device, quantize)
     policy.use_float32_masters()
-    plan = make_plan(policy, source, config)
+    plan = make_plan(DPO(), policy, source, config)
     cache = ReferenceCache(config.cache or default_cache())
     with Progress(quiet=quiet) as progress, StopSignal() as stop:
         try:

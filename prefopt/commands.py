@@ -115,7 +115,7 @@ def dpo(
     if not quiet or dry_run:
         describe(policy, lora)
     if dry_run:
-        show_plan(policy, source, config, make_plan(policy, source, config))
+        show_plan(policy, source, config, make_plan(objective, policy, source, config))
         return 0
     settings = {
         "model": model,

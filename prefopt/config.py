@@ -17,7 +17,7 @@ class TrainConfig:
 
     Attributes:
         out: folder of the run; made if missing, refused if it holds another run.
-        batch_size: pairs of one optimizer step.
+        batch_size: pairs (dialogues, rankings) of one optimizer step.
         batch_tokens: tokens of one optimizer step instead, as many whole pairs as fit.
         micro_tokens: most tokens in one packed forward; gradients accumulate over them.
         max_length: most tokens of prompt and response; longer responses are cut.
@@ -34,6 +34,8 @@ class TrainConfig:
         warmup: steps of warm-up, or their fraction if below 1.
         schedule: learning rate after the warm-up.
         weight_decay: AdamW's.
+        ref_sync_steps: steps from one move of the reference to the next (TR-DPO); null for none.
+        ref_sync_alpha: how far it moves towards the policy; at 1 it becomes the policy.
         lora_plus: how many times as fast LoRA's B learns as A (LoRA+; its paper suggests 16).
         template: how conversations become text; auto: the tokenizer's chat template if it has one.
         log_every: steps between rows of metrics.jsonl.
@@ -62,6 +64,8 @@ class TrainConfig:
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
+    ref_sync_steps: int | None = None
+    ref_sync_alpha: float = 0.6
     lora_plus: float = 1.0
     template: Literal["auto", "chat", "transcript", "plain"] = "auto"
     log_every: int = 1
@@ -76,6 +80,7 @@ class TrainConfig:
             "batch_size": 1, "micro_tokens": 2, "max_length": 2, "epochs": 1, "save_every": 0,
             "keep": 1, "log_every": 1, "samples": 0, "sample_tokens": 1, "batch_tokens": 1,
             "max_steps": 1, "eval_every": 1, "max_norm": 0, "warmup": 0, "weight_decay": 0,
+            "ref_sync_steps": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
@@ -85,6 +90,8 @@ class TrainConfig:
             raise InputError(f"lr is {self.lr!r}; it must be above 0")
         if not 0 < self.lora_plus < math.inf:
             raise InputError(f"lora_plus is {self.lora_plus!r}; it must be above 0")
+        if not 0 < self.ref_sync_alpha <= 1:
+            raise InputError(f"ref_sync_alpha is {self.ref_sync_alpha!r}; it must be in (0, 1]")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

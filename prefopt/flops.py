@@ -19,7 +19,7 @@ def useful_flops(policy: Policy, batch: Batch, *, backward: bool) -> float:
     """
     head, config = policy.model.get_output_embeddings(), policy.model.config.get_text_config()
     tables = (m.weight for m in policy.model.modules() if isinstance(m, nn.Embedding))
-    skip = {id(head.weight), *map(id, tables)}
+    skip = set(map(id, [*tables, *([] if head is None else [head.weight])]))
     chosen = getattr(config, "num_experts_per_tok", None)
     packed = [m for m in policy.model.modules() if isinstance(m, NF4Linear)]
     skip |= {id(p) for m in packed for p in m.parameters()}  # half a byte a weight, and scales
@@ -31,6 +31,8 @@ def useful_flops(policy: Policy, batch: Batch, *, backward: bool) -> float:
         share = chosen / len(p) if chosen and p.dim() == 3 else 1.0
         body += share * p.numel() * (1 + backward * (1 + p.requires_grad))
     tokens = sum(len(e.prompt) + sum(len(r) - 1 for r in e.responses) for e in batch.encoded)
+    if head is None:  # a reward model, whose head is one vector
+        return 2.0 * tokens * body
     size = head.in_features * head.out_features if head in packed else head.weight.numel()
     scored = size * (1 + backward * (1 + head.weight.requires_grad))
     return 2.0 * (tokens * body + len(batch.targets) * scored)

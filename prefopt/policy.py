@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, durable, fingerprint, loading, sharing
+from prefopt import attention, durable, fingerprint, loading, moving, sharing
 from prefopt.attention import NAME, Runs
 from prefopt.data.encode import encode_prompts
 from prefopt.data.packing import Batch, Layout
@@ -53,6 +53,7 @@ class Policy(nn.Module):
         self.quant_report: QuantReport | None = None
         self.autocast: torch.dtype | None = None
         self.adapter: str | None = None
+        self.moved: dict[str, Tensor] | None = None  # weights of a reference that follows (TR-DPO)
         self.lora_report = None
         loading.remove_dropout(model)
         use_lean_swiglu(model)
@@ -224,7 +225,9 @@ class Policy(nn.Module):
         training = self.training
         self.eval()
         with contextlib.ExitStack() as stack:
-            if self.adapter is not None:
+            if self.moved is not None:
+                stack.enter_context(moving.swapped(self.trainable(), self.moved))
+            elif self.adapter is not None:
                 name = REFERENCE if self.has_reference_copy else None
                 stack.enter_context(lora_module.adapters(self.model, name))
             try:

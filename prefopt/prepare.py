@@ -17,9 +17,9 @@ from torch import Tensor
 
 from prefopt import checkpoint
 from prefopt.config import TrainConfig
-from prefopt.data.encode import Encoded, encode_pairs
+from prefopt.data.encode import Encoded
 from prefopt.data.packing import pack
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Message
 from prefopt.data.split import split_pairs
 from prefopt.errors import InputError
 from prefopt.metrics import Progress
@@ -30,7 +30,7 @@ from prefopt.stop import StopSignal
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The encoded pairs, which of them train, and how many steps that makes."""
+    """The encoded items, which of them train, and how many steps that makes."""
 
     encoded: Sequence[Encoded]
     train: list[int]  # positions in encoded
@@ -40,27 +40,30 @@ class Plan:
     notes: dict[str, Any]  # for data_report.json
 
 
-def make_plan(policy: Policy, data: Sequence[Pair], config: TrainConfig) -> Plan:
+def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: TrainConfig) -> Plan:
     """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
-    longest = min(config.max_length, context_length(policy))
-    encoded = encode_pairs(data, policy.tokenizer, max_length=longest, template=config.template)
+    longest, unit = min(config.max_length, context_length(policy)), objective.unit
+    encoded = objective.encode(data, policy.tokenizer, max_length=longest, template=config.template)
     at = {item.index: i for i, item in enumerate(encoded)}
     train, held_out = split_pairs(data, config.eval_fraction)
     train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
     if not train:
-        raise InputError("no pair is left to train on; lower eval_fraction or give more data")
+        raise InputError(f"no {unit} are left to train on; lower eval_fraction or give more data")
     plan_steps = sum(1 for _ in step_groups(encoded, train, config))
     steps = min(plan_steps, config.max_steps or plan_steps)
-    prompts = list({str(data[i].prompt): data[i].prompt for i in held_rows}.values())
+    prompts = []
+    if objective.samples:
+        asked = (data[i].prompt for i in held_rows)
+        prompts = list({str(p): p for p in asked if p and p[0].role != "text"}.values())
     report = getattr(data, "report", None)
     notes = {
-        **(report.to_dict() if report else {"source": "pairs", "rows": len(data)}),
+        **(report.to_dict() if report else {"source": unit, "rows": len(data)}),
         "encoding": {
             "template": encoded.template,
             "max_length": longest,
             **encoded.counts,
-            "train pairs": len(train),
-            "held-out pairs": len(held_rows),
+            f"train {unit}": len(train),
+            f"held-out {unit}": len(held_rows),
         },
     }
     return Plan(encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes)
@@ -74,7 +77,7 @@ def context_length(policy: Policy) -> int:
 def step_groups(
     encoded: Sequence[Encoded], train: list[int], config: TrainConfig
 ) -> Iterator[tuple[float, list[int]]]:
-    """(epoch reached, pairs) of every step of every epoch; shuffled by (seed, epoch)."""
+    """(epoch reached, items) of every step of every epoch; shuffled by (seed, epoch)."""
     for epoch in range(config.epochs):
         order = np.random.default_rng((config.seed, epoch)).permutation(train).tolist()
         done, group, tokens = 0, [], 0
@@ -105,7 +108,8 @@ def fill_cache(
     """All reference passes before the first step, packed as the first epoch will be, so that
     policy and reference round alike and every margin starts at exactly 0."""
     once = dataclasses.replace(config, epochs=1)
-    first_epoch = islice(step_groups(plan.encoded, plan.train, once), plan.steps)
+    steps = min(plan.steps, config.ref_sync_steps or plan.steps)  # until the reference moves
+    first_epoch = islice(step_groups(plan.encoded, plan.train, once), steps)
     groups = [plan.held_out, *(group for _, group in first_epoch)]
     progress.phase("reference", len(groups))
     for done, group in enumerate(groups, 1):
@@ -139,6 +143,9 @@ def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         item = plan.encoded[i]
         for ids in (item.prompt, *item.responses):
             digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+        extras = (item.weight, item.margin, item.labels)
+        digest.update(repr(extras).encode() if extras != (1.0, None, None) else b"")
+        digest.update(b"" if item.scored is None else item.scored.tobytes())
     settings = {k: getattr(config, k) for k in keys}
     return {**settings, "steps": plan.steps, "token ids": digest.hexdigest()[:16]}
 

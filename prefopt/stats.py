@@ -5,9 +5,14 @@ Shapes: n pairs, C clusters (prompts), R resamples.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from prefopt.data.encode import Encoded
 
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 _CELLS = 1 << 22  # of a resampling matrix held at a time
@@ -137,3 +142,42 @@ def preference_summary(
         "accuracy_chosen_longer": among(longer > 0),
         "accuracy_chosen_shorter": among(longer < 0),
     }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics``: means over the items under TRL's names (no prefix). ``summary``: what they say,
+    with 95% bootstrap intervals over prompts. ``margins`` [n]: of pairs, empty for anything else.
+    """
+
+    metrics: dict[str, float]
+    summary: dict[str, Any]
+    margins: np.ndarray
+
+
+def preference_evaluation(
+    margins: np.ndarray,
+    lengths_chosen: np.ndarray,
+    lengths_rejected: np.ndarray,
+    items: Sequence[Encoded],
+    metrics: dict[str, float],
+) -> Evaluation:
+    """Of n pairs: their `preference_summary`, over all and, where there are several, per source."""
+    prompts = np.unique(
+        np.array([item.prompt.tobytes() for item in items], dtype=object), return_inverse=True
+    )[1]
+    names = np.array([item.source or "" for item in items], dtype=object)
+    sources = sorted(set(names))
+
+    def summary(rows: np.ndarray) -> dict[str, Any]:
+        return preference_summary(
+            margins[rows], lengths_chosen[rows], lengths_rejected[rows], prompts[rows]
+        )
+
+    whole = summary(np.ones(len(items), dtype=bool))
+    if len(sources) > 1:
+        whole["sources"] = {name or "no source": summary(names == name) for name in sources}
+        for name, part in whole["sources"].items():
+            metrics[f"rewards/accuracies/{name}"] = part["accuracy"]
+            metrics[f"rewards/margins/{name}"] = part["margin_mean"]
+    return Evaluation(metrics, whole, margins)

@@ -37,12 +37,16 @@ def optimizer_step(
     """Accumulate ``objective`` over the micro-batches, divide once by the global count, clip, step.
 
     ``objective(policy, batch) -> (loss sum, count, metric sums)``. Sum and count travel separately,
-    so how the items were split into micro-batches does not change the gradient. ``max_norm`` None
-    or 0: no clipping. Raises FloatingPointError, before the optimizer has moved anything, when the
-    loss or the gradient is not finite.
+    so how the items were split into micro-batches does not change the gradient; an objective whose
+    losses look at the whole step has a method ``over(policy, batches)``, which gives the objective
+    to use for these. ``max_norm`` None or 0: no clipping. Raises FloatingPointError, before the
+    optimizer has moved anything, when the loss or the gradient is not finite.
     """
     device = next(policy.parameters()).device
     optimizer.zero_grad(set_to_none=True)
+    if hasattr(objective, "over"):
+        microbatches = list(microbatches)
+        objective = objective.over(policy, microbatches)  # pyright: ignore[reportFunctionMemberAccess]
     total, count, sums = torch.zeros((), device=device), 0, {}
     for batch in microbatches:
         loss, n, metrics = objective(policy, batch.to(device))

@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt import checkpoint
+from prefopt import checkpoint, moving
 from prefopt.config import TrainConfig, default_cache
 from prefopt.data.packing import Batch, pack
-from prefopt.data.records import Pair
 from prefopt.errors import InputError
 from prefopt.evaluate import evaluate
 from prefopt.flops import useful_flops
 from prefopt.metrics import Meter, MetricsLog, Progress, gemm_rate, peak_memory_bytes, read_metrics
-from prefopt.objectives.dpo import DPO
 from prefopt.optim import lr_factor, make_optimizer, make_scaler, warmup_steps
 from prefopt.policy import Policy
 from prefopt.prepare import (
@@ -41,6 +39,8 @@ from prefopt.reference import ReferenceCache
 from prefopt.rundir import RunDir
 from prefopt.step import optimizer_step
 from prefopt.stop import Stopped, StopSignal
+
+FINISH_ITEMS = 500  # training items that an objective's finish() sees
 
 _log = logging.getLogger("prefopt")
 
@@ -65,20 +65,21 @@ class Run:
 
 
 def train(
-    objective: DPO,
+    objective: Any,
     policy: Policy,
-    data: Sequence[Pair],
+    data: Sequence[Any],
     config: TrainConfig,
     *,
     quiet: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Run:
-    """Train ``policy`` on preference pairs and write the run folder ``config.out``.
+    """Train ``policy`` by ``objective`` on its records and write the run folder ``config.out``.
 
-    Encodes, holds out prompts, computes the reference log-probs that are not on disk yet, trains,
-    evaluates, saves. ``settings`` is what config.yaml records besides ``config``. SIGTERM and the
-    first Ctrl-C save a checkpoint and return a Run with ``stopped``; a finished run that is resumed
-    with "auto" is returned as it is. Raises InputError for bad input, before anything is written to
+    DPO, KTO and Reward take Pairs, SFT Dialogues, Reward also Rankings. Encodes, holds out prompts,
+    computes the reference log-probs that are not on disk yet, trains, evaluates, saves.
+    ``settings`` is what config.yaml records besides ``config``. SIGTERM and the first Ctrl-C save a
+    checkpoint and return a Run with ``stopped``; a finished run that is resumed with "auto" is
+    returned as it is. Raises InputError for bad input, before anything is written to
     ``config.out``, and FloatingPointError for a loss that is not finite.
     """
     run = RunDir(Path(config.out), resuming=config.resume is not None)
@@ -88,7 +89,7 @@ def train(
     resume_from = find_checkpoint(config)
     with Progress(quiet=quiet) as progress, StopSignal(at_once=True) as stop:
         try:
-            plan = make_plan(policy, data, config)
+            plan = make_plan(objective, policy, data, config)
             stop.at_once = False
             loop = _Loop(objective, policy, plan, config, run, progress, stop)
             loop.prepare(resume_from)
@@ -108,6 +109,8 @@ def train(
 
 class _Loop:
     def __init__(self, objective, policy, plan: Plan, config, run: RunDir, progress, stop):
+        if config.ref_sync_steps and not objective.needs_reference:
+            raise InputError(f"ref_sync_steps moves a reference, and {objective.name} has none")
         self.objective, self.policy, self.plan, self.config = objective, policy, plan, config
         self.run_dir, self.progress, self.stop = run, progress, stop
         torch.manual_seed(config.seed)
@@ -125,6 +128,7 @@ class _Loop:
         self.scaler = make_scaler(policy.autocast or policy.dtype, policy.device)
         self.cache = ReferenceCache(config.cache or default_cache())
         self.key: dict[str, str] = {}
+        self.following = moving.copy_weights(policy.trainable()) if config.ref_sync_steps else {}
         self.log, self.meter = MetricsLog(run.dir / "metrics.jsonl"), Meter()
         self.step = self.saved = 0
         self.evaluated: set[int] = set()  # steps
@@ -137,9 +141,10 @@ class _Loop:
         if resume_from:
             order = order_of(self.plan, self.config)
             saved = read_checkpoint(resume_from, order, self.key, self.policy)
-        fill_cache(
-            self.cache, self.policy, self.plan, self.config, self.key, self.progress, self.stop
-        )
+        if self.objective.needs_reference:
+            fill_cache(
+                self.cache, self.policy, self.plan, self.config, self.key, self.progress, self.stop
+            )
         if saved:  # not before: without an adapter the reference is these weights' starting point
             self._restore(*saved)
 
@@ -166,6 +171,8 @@ class _Loop:
         if plan.steps % (config.eval_every or plan.steps) or not config.eval_every:
             self._evaluate(held_out, "after")
         self._sample("after")
+        if hasattr(self.objective, "finish"):
+            self.objective.finish(self.policy, self._batches(plan.train[:FINISH_ITEMS]))
         self.run_dir.save_model(self.policy)
 
     def _train(self, held_out: list[Batch]) -> None:
@@ -187,12 +194,15 @@ class _Loop:
             factor = lr_factor(step - 1, plan.steps, warmup=warmup, schedule=config.schedule)
             for param_group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
                 param_group["lr"] = peak * factor
-            batches = list(self._with_reference(self._batches(group)))
+            batches = list(self._with_reference(self._batches(group), follow=True))
             stats = optimizer_step(
                 self.policy, self.objective, batches, self.optimizer,
                 max_norm=config.max_norm, scaler=self.scaler,
             )  # fmt: skip
             self.step = step
+            if config.ref_sync_steps and step % config.ref_sync_steps == 0:
+                moving.move(self.following, self.policy.trainable(), config.ref_sync_alpha)
+                self.policy.moved = self.following
             self.meter.add({"loss": stats.loss * stats.count, **stats.metrics}, stats.count)
             if stats.applied:
                 self.meter.add({"grad_norm": stats.grad_norm}, 1)
@@ -235,11 +245,25 @@ class _Loop:
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
         items = (self.plan.encoded[i] for i in indices)
-        return pack(items, max_tokens=self.config.micro_tokens, layout=self.policy.layout)
+        return pack(
+            items,
+            max_tokens=self.config.micro_tokens,
+            layout=self.policy.layout,
+            ends=self.objective.ends,
+        )
 
-    def _with_reference(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _with_reference(self, batches: Iterator[Batch], follow: bool = False) -> Iterator[Batch]:
+        """With the starting policy's log-probs; ``follow``: those of the reference where it is now,
+        which are of no use after its next move, so they are not kept on disk."""
         for batch in batches:
-            (ref,) = self.cache.logprobs(self.policy, [batch], key=self.key)
+            if not self.objective.needs_reference:
+                yield batch
+                continue
+            if follow and self.policy.moved is not None:
+                with self.policy.reference(), torch.no_grad():
+                    ref = self.policy(batch.to(self.policy.device))
+            else:
+                (ref,) = self.cache.logprobs(self.policy, [batch], key=self.key)
             yield dataclasses.replace(batch, ref_logprobs=ref)
 
     # -- evaluation, samples, checkpoints
@@ -253,7 +277,7 @@ class _Loop:
             on_batch=lambda _: self.stop.check(),
         )  # fmt: skip
         self.progress.update(len(held_out))
-        low, high = result.summary["accuracy_low"], result.summary["accuracy_high"]
+        low, high = (result.summary.get(f"accuracy_{end}") for end in ("low", "high"))
         row = {f"eval_{k}": v for k, v in result.metrics.items()}
         interval = {} if low is None else {"eval_accuracy_low": low, "eval_accuracy_high": high}
         self.run_dir.add_evaluation(stage, {**result.summary, **result.metrics})
@@ -279,6 +303,7 @@ class _Loop:
             "weights": {name: p.detach() for name, p in self.policy.resumable()},
             "optimizer": tensors,
             "rng": checkpoint.rng_state(),
+            **({"reference": self.following} if self.following else {}),
         }
         saved = {
             "step": self.step,
@@ -286,6 +311,7 @@ class _Loop:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state(),
             "reference": self.key,
+            "reference moved": self.policy.moved is not None,
             "order": order_of(self.plan, self.config),
         }
         root = self.run_dir.dir / "checkpoints"
@@ -296,6 +322,9 @@ class _Loop:
     def _restore(self, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         for name, p in self.policy.resumable():
             p.copy_(groups["weights"][name])
+        for name, value in self.following.items():
+            value.copy_(groups["reference"][name])
+        self.policy.moved = self.following if state.get("reference moved") else None
         checkpoint.load_optimizer(
             self.optimizer, self.names, groups["optimizer"], state["optimizer"]
         )

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from prefopt.cli import main
+from prefopt.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -453,9 +454,12 @@ def test_lora_is_switched_off_with_null(bad, value):
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--lora.r", "0"], "lora.r is 0; it must be a whole number of at least 1"),
         (["--eval_fraction", "1.5"], "eval_fraction is 1.5; it must be in [0, 1)"),
-        (["--beta", "0"], "beta is 0.0; it must be above 0"),
-        (["--label_smoothing", "0.7"], "label_smoothing is 0.7; it must be in [0, 0.5)"),
-        (["--loss", "dpoo"], "unknown loss 'dpoo' (did you mean 'dpo'?); there are: dpo"),
+        (["--beta", "0"], "beta is 0.0; it must be above 0 and finite for loss 'dpo'"),
+        (
+            ["--label_smoothing", "0.7"],
+            "label_smoothing is 0.7; it must be in [0, 0.5) for loss 'dpo'",
+        ),
+        (["--loss", "dpoo"], f"unknown loss 'dpoo' (did you mean 'dpo'?); there are: {', '.join(LOSSES)}"),
         (["--device", "gpu"], "device is auto, cpu, cuda, cuda:1, xpu or mps, not 'gpu'"),
         (["--lr"], "--lr needs a value"),
         (["stray"], "'stray' belongs to no option; every value follows its --name"),

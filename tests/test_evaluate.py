@@ -122,7 +122,7 @@ def test_on_batch_sees_every_batch(policy, encoded):
 
 
 def test_without_pairs_there_is_nothing_to_say(policy):
-    with pytest.raises(InputError, match="no pair to evaluate"):
+    with pytest.raises(InputError, match="no pairs to evaluate"):
         evaluate(policy, [])
 
 

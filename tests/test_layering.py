@@ -23,7 +23,7 @@ LAYERS = (
     ),
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     (
-        *("attention", "fingerprint", "loading", "sharing", "policy", "reference"),
+        *("attention", "fingerprint", "loading", "sharing", "policy", "reference", "moving"),
         *("rollout", "checkpoint"),
     ),
     ("step",),

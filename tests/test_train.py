@@ -195,7 +195,7 @@ def test_the_model_is_the_trained_policy(finished, tiny_model, pairs):
     policy = Policy.from_pretrained(finished.dir)
     saved = weights(finished)
     assert any(v.abs().sum() > 0 for k, v in saved.items() if "lora_B" in k)
-    plan = make_plan(policy, pairs, TrainConfig("x", max_length=128, eval_fraction=0.25))
+    plan = make_plan(DPO(), policy, pairs, TrainConfig("x", max_length=128, eval_fraction=0.25))
     base = Policy.from_pretrained(tiny_model)
 
     def batches():
@@ -471,7 +471,7 @@ def test_rows_are_means_over_their_steps(bench, no_report):
 
 def test_batches_by_tokens(bench, no_report, pairs):
     policy, config = bench.policy(), bench.config("out", batch_tokens=400, epochs=1)
-    plan = make_plan(policy, pairs, config)
+    plan = make_plan(DPO(), policy, pairs, config)
     groups = [group for _, group in step_groups(plan.encoded, plan.train, config)]
     assert sorted(i for group in groups for i in group) == sorted(plan.train)
 
@@ -488,7 +488,7 @@ def test_batches_by_tokens(bench, no_report, pairs):
 
 def test_every_epoch_has_its_own_order(bench, pairs):
     config = bench.config("out")
-    plan = make_plan(bench.policy(), pairs, config)
+    plan = make_plan(DPO(), bench.policy(), pairs, config)
     groups = [group for _, group in step_groups(plan.encoded, plan.train, config)]
     first, second = ([i for group in half for i in group] for half in (groups[:3], groups[3:]))
     in_order = sorted(plan.train)
@@ -547,9 +547,9 @@ def test_a_float16_overflow_is_skipped_and_said(bench, no_report, monkeypatch):
 def test_a_diverging_run_stops_before_the_step(bench, monkeypatch):
     calls, real = [], DPO.losses
 
-    def losses(self, pairs, batch):
+    def losses(self, pairs):
         calls.append(1)
-        return real(self, pairs, batch) * (math.nan if len(calls) > 6 else 1.0)
+        return real(self, pairs) * (math.nan if len(calls) > 6 else 1.0)
 
     monkeypatch.setattr(DPO, "losses", losses)
     with pytest.raises(FloatingPointError, match="loss is not finite"):

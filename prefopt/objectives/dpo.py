@@ -5,51 +5,84 @@ Shapes: B pairs, R = 2B responses (chosen, rejected, chosen, ...), N scored toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefopt.data.encode import Encoded, EncodedSet, encode_pairs
 from prefopt.data.packing import Batch
 from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
 from prefopt.losses import PairLogps, loss_from
+from prefopt.shaping import DIVERGENCES, desensitised, f_divergence, wpo_weights
+from prefopt.stats import Evaluation, preference_evaluation
 
 
 class DPO:
-    """An objective from a loss on pairs: a name of LOSSES, or any callable PairLogps -> [B].
+    """An objective from a loss on pairs: what `loss_from` takes, or any callable PairLogps -> [B].
 
-    ``beta`` scales the implicit rewards that are logged, beta * (log pi - log ref), and is handed
-    to the loss if it is named and takes one; other keyword arguments go to the named loss.
+    beta: handed to the loss if it is named, None for the loss's own default; it also scales the
+    implicit rewards that are logged, beta * (log pi - log ref). Other keyword arguments go to the
+    named loss. divergence (with alpha): what keeps policy and reference together, in place of the
+    reverse KL (f-DPO). ld_alpha: weight of the tokens by which one response of a pair is longer
+    (LD-DPO). wpo: weights pairs by how probable the policy finds them (WPO).
     """
 
+    needs_reference: bool
+    ends, unit, samples = False, "pairs", True
+
     def __init__(
-        self, loss: str | Callable[[PairLogps], Tensor] = "dpo", beta: float = 0.1, **kwargs: Any
+        self,
+        loss: str | Callable[[PairLogps], Tensor] = "dpo",
+        beta: float | None = None,
+        *,
+        divergence: str = "reverse_kl",
+        divergence_alpha: float = 0.5,
+        ld_alpha: float | None = None,
+        wpo: bool = False,
+        **kwargs: Any,
     ):
-        if not beta > 0:
-            raise InputError(f"beta is {beta!r}; it must be above 0")
-        if not 0 <= kwargs.get("label_smoothing", 0.0) < 0.5:
-            raise InputError(
-                f"label_smoothing is {kwargs['label_smoothing']!r}; it must be in [0, 0.5)"
-            )
-        self.beta = beta
         if isinstance(loss, str):
-            self.name, self.loss = loss, loss_from(loss, beta=beta, **kwargs)
+            self.loss: Callable[[PairLogps], Tensor] = loss_from(loss, beta=beta, **kwargs)
         elif kwargs:
             raise InputError(f"bind {', '.join(kwargs)} to your loss with functools.partial")
         else:
-            self.name, self.loss = getattr(loss, "__name__", "custom"), loss
+            self.loss = loss
+        self.name: str = getattr(self.loss, "name", getattr(loss, "__name__", "custom"))
+        self.beta: float = getattr(self.loss, "beta", 0.1) if beta is None else beta
+        self.needs_reference = not getattr(self.loss, "reference_free", False)
+        self.whole_batch: bool = getattr(self.loss, "whole_batch", False)
+        if not self.beta > 0:
+            raise InputError(f"beta is {self.beta!r}; it must be above 0")
+        if divergence not in DIVERGENCES:
+            raise InputError(f"divergence is {divergence!r}; it is one of {', '.join(DIVERGENCES)}")
+        if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+            raise InputError(f"ld_alpha is {ld_alpha!r}; it must be in [0, 1]")
+        if divergence != "reverse_kl" and not self.needs_reference:
+            raise InputError(f"loss {self.name!r} has no reference to diverge from")
+        if wpo and self.whole_batch:
+            raise InputError(f"loss {self.name!r} sorts pairs over the batch; wpo weights them")
+        self.divergence = {"kind": divergence, "alpha": divergence_alpha}
+        self.ld_alpha, self.wpo = ld_alpha, wpo
+
+    def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
+        return encode_pairs(data, tokenizer, max_length=max_length, template=template)
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of the losses of B pairs, B, sums over the pairs of what TRL logs as means)."""
-        pairs = self.pair_logps(policy, batch)
-        losses = self.losses(pairs, batch)
+        pairs, weights = self.read(policy, batch)
+        losses = self.losses(pairs) * weights
         return losses.sum(), len(losses), {k: v.sum() for k, v in self.metrics(pairs).items()}
 
     def pair_logps(self, policy, batch: Batch) -> PairLogps:
         """Summed log-probs of each pair under the policy and the reference."""
-        if batch.ref_logprobs is None:
+        return self.read(policy, batch)[0]
+
+    def read(self, policy, batch: Batch) -> tuple[PairLogps, Tensor]:
+        """(log-probs of the pairs, weights of the pairs [B])."""
+        if batch.ref_logprobs is None and self.needs_reference:
             raise InputError(
                 "the batch has no reference log-probs; fill ref_logprobs from "
                 "ReferenceCache.logprobs, or compute it under `with policy.reference()`"
@@ -57,20 +90,39 @@ class DPO:
         ids, r = batch.response_ids, batch.num_responses
         if r != 2 * batch.num_groups:
             raise InputError(f"{r} responses to {batch.num_groups} prompts are not pairs")
-        logps = sequence_logprobs(policy(batch), ids, r)
-        ref = sequence_logprobs(batch.ref_logprobs, ids, r)
+        weights = torch.ones(r // 2, device=ids.device)
+        if batch.weights is not None:
+            weights = batch.weights[::2]
+        if self.wpo:
+            logprobs, collisions = policy(batch, collisions=True)
+            weights = weights * wpo_weights(logprobs, collisions, ids, r)
+        else:
+            logprobs = policy(batch)
+        logps = self._summed(logprobs, ids, r)
+        if batch.ref_logprobs is None:
+            ref = torch.zeros_like(logps)
+        else:
+            ref = self._summed(batch.ref_logprobs, ids, r)
         lengths = torch.bincount(ids, minlength=r)
-        return PairLogps(logps[::2], logps[1::2], ref[::2], ref[1::2], lengths[::2], lengths[1::2])
+        pairs = PairLogps(logps[::2], logps[1::2], ref[::2], ref[1::2], lengths[::2], lengths[1::2])
+        return pairs, weights
 
-    def losses(self, pairs: PairLogps, batch: Batch) -> Tensor:
-        """Loss of each pair, weighted, [B]."""
+    def _summed(self, logprobs: Tensor, ids: Tensor, r: int) -> Tensor:
+        if self.ld_alpha is None:
+            return sequence_logprobs(logprobs, ids, r)
+        return desensitised(logprobs, ids, r, alpha=self.ld_alpha)
+
+    def losses(self, pairs: PairLogps) -> Tensor:
+        """Loss of each pair, [B]."""
+        if self.divergence["kind"] != "reverse_kl":
+            pairs = f_divergence(pairs, **self.divergence)
         losses = self.loss(pairs)
         if losses.shape != pairs.chosen.shape:
             raise InputError(
                 f"loss {self.name!r} returned shape {tuple(losses.shape)} for "
                 f"{len(pairs.chosen)} pairs; it must return one number per pair"
             )
-        return losses if batch.weights is None else losses * batch.weights[::2]
+        return losses
 
     @torch.no_grad()
     def metrics(self, pairs: PairLogps) -> dict[str, Tensor]:
@@ -85,3 +137,45 @@ class DPO:
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
+
+    def evaluation(self, pairs: PairLogps, weights: Tensor, items: Sequence[Encoded]) -> Evaluation:
+        """Of all held-out pairs at once, so that no loss depends on how they were batched."""
+        columns = self.metrics(pairs) | {
+            "loss": self.losses(pairs) * weights,
+            "logps/accuracies": (pairs.chosen > pairs.rejected).float(),
+        }
+        metrics = {k: v.double().mean().item() for k, v in columns.items()}
+        margins = (self.beta * pairs.margin).numpy()
+        lengths = pairs.chosen_len.numpy(), pairs.rejected_len.numpy()
+        return preference_evaluation(margins, *lengths, items, metrics)
+
+    def over(self, policy, batches: Sequence[Batch]) -> Callable:
+        """The objective of one step's micro-batches: for losses that look at the whole step, the
+        loss over all pairs, whose gradient by each log-prob is found in a pass of its own."""
+        if not self.whole_batch or len(batches) < 2:
+            return self
+        with torch.no_grad():
+            reads = [self.read(policy, batch.to(policy.device))[0] for batch in batches]
+        with torch.enable_grad():
+            pairs = PairLogps(*(torch.cat(column) for column in zip(*reads, strict=True)))
+            chosen, rejected = (x.requires_grad_() for x in pairs[:2])
+            losses = self.losses(pairs)
+            by_logp = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        sizes = [len(read.chosen) for read in reads]
+        parts = zip(*(x.detach().split(sizes) for x in (losses, *by_logp)), strict=True)
+        return _Linear(self, iter(parts))
+
+
+class _Linear:
+    """The micro-batches of one step, in order: the known losses, with the known gradients."""
+
+    def __init__(self, objective: DPO, parts):
+        self.objective, self.parts = objective, parts
+
+    def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        losses, by_chosen, by_rejected = next(self.parts)
+        pairs, weights = self.objective.read(policy, batch)
+        slope = by_chosen * pairs.chosen + by_rejected * pairs.rejected
+        total = ((losses + slope - slope.detach()) * weights).sum()
+        sums = {k: v.sum() for k, v in self.objective.metrics(pairs).items()}
+        return total, len(losses), sums
