@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.nn.adapted import adapted_modules
+from prefopt.nn.heads import SCORE
 
 
 def digest(model: nn.Module, adapter: str) -> str:
-    """sha256 over names, shapes, dtypes and bytes of the base and of `adapter`, if it is there."""
+    """sha256 over names, shapes, dtypes and bytes of the base and of `adapter`, if it is there;
+    without the head of a reward model, which always trains and may have been drawn at random."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors(model, adapter), key=lambda item: item[0]):
+        if name.startswith(f"{SCORE}."):
+            continue
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         total.update(flat.view(torch.uint8).numpy().data)

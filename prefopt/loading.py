@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefopt.errors import InputError
-from prefopt.logprobs import token_logprobs
-from prefopt.nn.empty_model import first_line, read_config
+from prefopt.nn import heads
+from prefopt.nn.empty_model import first_line, read_config, scores_texts
 from prefopt.nn.nf4 import CODEBOOKS
-from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.quantize import QuantReport, load_quantized, load_whole
 
 EMBEDDED = Path(__file__).parent / "assets"  # the tiny model and preference data of `prefopt demo`
@@ -28,11 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Source:
     """What a path names: a base model (folder or hub id), perhaps an adapter folder on it, and the
-    4-bit kind that the base was quantised to when the adapter was trained."""
+    4-bit kind that the base was quantised to and the head it had when the adapter was trained."""
 
     base: str
     adapter: Path | None = None
     kind: str | None = None
+    head: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights that were trained last are."""
+        return self.adapter or Path(self.base)
 
 
 def resolve(path: str | Path) -> Source:
@@ -43,7 +45,8 @@ def resolve(path: str | Path) -> Source:
     if (folder / "model").is_dir() and (folder / "config.yaml").is_file():
         folder = folder / "model"  # a run folder
     if (folder / "adapter_config.json").is_file():
-        return Source(_base_of_adapter(folder), folder, _trained_on(folder))
+        base = _base_of_adapter(folder)
+        return Source(base, folder, _trained_on(folder), _head_of_adapter(folder))
     if folder.is_dir():
         _check_model_folder(folder)
         return Source(str(folder))
@@ -65,6 +68,28 @@ def _base_of_adapter(folder: Path) -> str:
     if not Path(base).is_absolute() and (folder / base).is_dir():
         base = str(folder / base)
     return base if resolve(base).adapter is None else _base_of_adapter(Path(base))
+
+
+def _head_of_adapter(folder: Path) -> str:
+    """PEFT's name for it is a task type; without one, what is stored beside the factors says it."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    saved = config.get("modules_to_save") or ()
+    scores = config.get("task_type") == "SEQ_CLS" or heads.SCORE in saved
+    return heads.SCORE if scores else heads.LM
+
+
+def pick_head(source: Source, asked: str | None) -> str | None:
+    """ "lm", "score", or None for what the base is: what an adapter says, or what is asked for."""
+    if asked not in (None, heads.LM, heads.SCORE):
+        raise InputError(f"head is 'lm' or 'score', not {asked!r}")
+    if asked == heads.SCORE and source.head == heads.LM:
+        raise InputError(
+            f"{source.adapter} is the adapter of a language model; to train a reward model from "
+            "it, merge it first (prefopt merge)"
+        )
+    if asked == heads.LM and source.head == heads.SCORE:
+        raise InputError(f"{source.adapter} is the adapter of a reward model: head is 'score'")
+    return heads.SCORE if source.head == heads.SCORE else asked
 
 
 def _trained_on(folder: Path) -> str | None:
@@ -126,13 +151,19 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    base: str, dtype: torch.dtype, device: torch.device, kind: str | None = None, **options: Any
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str | None = None,
+    head: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any, QuantReport | None]:
-    """(causal language model, tokenizer, what became 4-bit) of a folder or hub id.
+    """(model, tokenizer, what became 4-bit) of a folder or hub id.
 
-    ``kind``: "nf4" or "fp4" quantises the linear layers while they are read (``options``: those of
-    ``load_quantized``); a folder whose weights are 4-bit already is read as it is. Every failure
-    is an InputError.
+    ``head``: "lm" or "score", None for what the folder is; a score head that is not in the folder
+    is drawn from torch's generator. ``kind``: "nf4" or "fp4" quantises the linear layers while they
+    are read (``options``: those of ``load_quantized``); a folder whose weights are 4-bit already is
+    read as it is. Every failure is an InputError.
     """
     from transformers import AutoTokenizer
 
@@ -143,10 +174,24 @@ def load_model(
     stored = stored_kind(base)
     if kind and stored and kind != stored:
         raise InputError(f"the weights of {base} are {stored} already; they cannot become {kind}")
+    head, report = head_of(base, head), None
     if kind or stored:
-        model, report = load_quantized(base, dtype, device, kind=kind or stored or "nf4", **options)
-        return model, tokenizer, report
-    return load_whole(base, dtype).to(device), tokenizer, None
+        options |= {"kind": kind or stored, "head": head}
+        model, report = load_quantized(base, dtype, device, **options)
+    else:
+        model = load_whole(base, dtype, head).to(device)
+    if head == heads.SCORE and not scores_texts(read_config(base)):
+        heads.draw_score(model)
+    return model, tokenizer, report
+
+
+def head_of(base: str, asked: str | None) -> str:
+    """What the weights are, or for a language model's what is asked for."""
+    if not scores_texts(read_config(base)):
+        return asked or heads.LM
+    if asked == heads.LM:
+        raise InputError(f"{base} is a reward model, which has no head of words: head is 'score'")
+    return heads.SCORE
 
 
 def stored_kind(base: str) -> str | None:
@@ -154,59 +199,6 @@ def stored_kind(base: str) -> str | None:
     config = getattr(read_config(base), "quantization_config", None) or {}
     config = config if isinstance(config, dict) else config.to_dict()
     return config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
-
-
-def backbone(model: Any) -> Any:
-    """The model without its output head (Llama 4's is not where its class says)."""
-    return getattr(model, "model", model) if model.base_model is model else model.base_model
-
-
-def head_weight(head: Any) -> Tensor:
-    """The output head's weight [V, D], dequantised where it is 4-bit."""
-    return head.dequantize() if isinstance(head, NF4Linear) else head.weight
-
-
-@torch.no_grad()
-def head_options(model: Any) -> dict[str, Any]:
-    """Softcap and scale between hidden states and logits, checked against the model's logits."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    options: dict[str, Any] = {}
-    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma, RecurrentGemma
-        if getattr(config, name, None):
-            options["softcap"] = getattr(config, name)
-    if getattr(config, "logit_scale", None):  # Cohere
-        options["scale"] = config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        options["scale"] = 1 / config.logits_scaling
-    device = next(model.parameters()).device
-    ids = torch.arange(3, 10, device=device)[None] % config.vocab_size
-    targets = torch.arange(6, device=device)
-
-    weight = head_weight(head)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-
-    def logprobs(tokens: int) -> Tensor:
-        logits = model(ids[:, :tokens], use_cache=False).logits[0, :6]
-        return logits.to(dtype).log_softmax(-1)[targets, targets]
-
-    want, bound = logprobs(7), 1e-3 if weight.dtype.itemsize >= 4 else 0.25
-    hidden = backbone(model)(ids[:, :6], use_cache=False)[0][0]
-    difference = math.inf
-    if hidden.shape[-1] == weight.shape[1]:
-        got = token_logprobs(hidden, weight, targets, bias=head.bias, **options)
-        assert isinstance(got, Tensor)
-        difference = (got - want).abs().max().item()
-    if difference <= bound:
-        return options
-    if not (logprobs(6) - want).abs().max().item() <= bound:
-        raise InputError(
-            f"this {config.model_type} model sees the tokens behind the one it predicts, so it "
-            "has no log-probs of a response; use a causal language model"
-        )
-    raise InputError(
-        f"the output head of {config.model_type} does more than a linear layer, a scale and a "
-        f"softcap (log-probs differ by {difference:.2g}), so its hidden states cannot be scored"
-    )
 
 
 def remove_dropout(model: torch.nn.Module) -> None:
@@ -223,37 +215,6 @@ def remove_dropout(model: torch.nn.Module) -> None:
             noise = "drop" in name or name in ("jitter_noise", "input_jitter_noise")
             if noise and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def save_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
-    """transformers' own format, with floating-point weights as ``dtype`` if one is given."""
-    state = model.state_dict()
-    if dtype is None:
-        model.save_pretrained(folder, state_dict=state)
-        return
-    # Converted once per tensor, so that tied weights stay one.
-    seen: dict[int, torch.Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            if (place := tensor.data_ptr()) not in seen:
-                seen[place] = tensor.to(dtype)
-            state[name] = seen[place]
-    model.save_pretrained(folder, state_dict=state)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def copy_tokenizer(base: str, tokenizer: Any, folder: Path) -> None:
-    """Tokenizer and generation files byte for byte: re-saving them changes hashes others check."""
-    source, kept = Path(base), ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
-    names = (*kept, "chat_template", "generation_config")
-    files = [f for f in source.glob("*") if f.name.startswith(names)] if source.is_dir() else []
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-    if not files:
-        tokenizer.save_pretrained(folder)
 
 
 def absolute(base: str) -> str:

@@ -1,9 +1,9 @@
-"""Policy: one module whose forward goes from a Batch to per-token log-probs.
+"""Policy: one module whose forward goes from a Batch to per-token log-probs, or to scores.
 
-Hidden states become log-probs inside this forward and nowhere else, because DDP and FSDP only
+Hidden states become either inside this forward and nowhere else, because DDP and FSDP only
 synchronise what runs inside a module's own forward.
 
-Shapes: T tokens, N scored tokens, D hidden size.
+Shapes: T tokens, N scored tokens, R responses, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, durable, fingerprint, loading, moving, sharing
+from prefopt import attention, fingerprint, loading, moving, saving, sharing
 from prefopt.attention import NAME, Runs
 from prefopt.data.encode import encode_prompts
 from prefopt.data.packing import Batch, Layout
 from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
+from prefopt.nn import heads, padding
 from prefopt.nn import lora as lora_module
-from prefopt.nn.bnb_format import save_bnb
+from prefopt.nn.heads import ScoreStats
 from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, LoraLinear
 from prefopt.nn.nf4_linear import NF4Linear
-from prefopt.nn.peft_format import load_adapter, save_adapter
+from prefopt.nn.peft_format import load_adapter
 from prefopt.nn.quantize import QuantReport
 from prefopt.nn.rmsnorm import use_lean_rmsnorm
 from prefopt.nn.swiglu import use_lean_swiglu
@@ -38,8 +39,9 @@ ADAPTER, REFERENCE = "default", "reference"
 
 
 class Policy(nn.Module):
-    """A causal language model, its tokenizer, and what it takes to score batches with it.
+    """A causal language model or a reward model, its tokenizer, and what it takes to score with it.
 
+    A reward model is one with a linear layer ``score`` on the hidden state of a text's last token.
     ``reference()`` switches to the starting policy: the base with its adapters off if the adapter
     started at zero, a frozen copy of the adapter if it did not.
     """
@@ -63,7 +65,17 @@ class Policy(nn.Module):
         own = model.config._attn_implementation
         self._own_attention = "sdpa" if own == NAME else own  # a model that was a policy's before
         self.attend(self._own_attention)
-        self._head_options = loading.head_options(model)
+        self.is_reward_model = model.get_output_embeddings() is None
+        self.score_stats: ScoreStats | None = None  # of a reward model, on reference responses
+        self._head_options: dict[str, Any] = {}
+        self.new_padding = False  # whether the tokenizer pads in another way than its files say
+        if self.is_reward_model:
+            heads.check_score_head(model)
+            heads.widen_score(model)
+            self.new_padding = padding.set_padding(model, tokenizer)
+            heads.check_scores(model)
+        else:
+            self._head_options = heads.head_options(model)
         self.head_size = 0  # of the largest attention head
         self.layout_reason: str | None = None
         if attention not in ("auto", "padded"):
@@ -79,6 +91,7 @@ class Policy(nn.Module):
         cls,
         path: str | Path,
         *,
+        head: str | None = None,
         lora: LoraConfig | None = None,
         quantize: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -87,20 +100,22 @@ class Policy(nn.Module):
     ) -> Policy:
         """Load a model folder, an adapter folder, a run folder, a hub id or "embedded".
 
-        ``lora`` adds a fresh adapter; an adapter folder is loaded as a trainable one. ``quantize``:
-        "nf4" or "fp4" makes the linear layers 4-bit while they are read; None leaves them as they
-        are stored, under an adapter as they were when it was trained, and "none" dense under that
-        too. ``dtype`` and ``device``: see ``loading``. ``attention``: "auto" shares prompts where
-        the model allows it, "padded" never. Raises InputError for anything that cannot be loaded.
+        ``head``: "score" makes a reward model of a language model, whose new head is drawn from
+        torch's generator and always trains; None is what the folder holds. ``lora`` adds a fresh
+        adapter; an adapter folder is loaded as a trainable one. ``quantize``: "nf4" or "fp4" makes
+        the linear layers 4-bit while they are read; None leaves them as they are stored, under an
+        adapter as they were when it was trained, and "none" dense under that too. ``dtype`` and
+        ``device``: see ``loading``. ``attention``: "auto" shares prompts where the model allows it,
+        "padded" never. Raises InputError for anything that cannot be loaded.
         """
         source, where = loading.resolve(path), loading.pick_device(device)
         if source.adapter is not None and lora is not None:
             raise InputError(f"{path} is an adapter already; give lora=None to train it further")
         kind = source.kind if quantize is None else quantize
         kind = None if kind in (None, "none") else loading.check_kind(kind)
-        model, tokenizer, report = loading.load_model(
-            source.base, loading.pick_dtype(dtype, where), where, kind
-        )
+        dense = loading.pick_dtype(dtype, where)
+        head = loading.pick_head(source, head)
+        model, tokenizer, report = loading.load_model(source.base, dense, where, kind, head)
         policy = cls(model, tokenizer, base=loading.absolute(source.base), attention=attention)
         policy.quant_report = report
         policy.kind = kind if report else None  # no report: the folder says it itself
@@ -108,8 +123,12 @@ class Policy(nn.Module):
             load_adapter(model, source.adapter, ADAPTER)
             policy._adapter_added()
         elif lora is not None:
+            if policy.is_reward_model:
+                lora = heads.with_score(lora)
             policy.lora_report = lora_module.add_lora(model, lora, ADAPTER)
             policy._adapter_added()
+        if policy.is_reward_model:
+            policy.score_stats = ScoreStats.read(source.folder)
         return policy
 
     def _adapter_added(self) -> None:
@@ -143,16 +162,19 @@ class Policy(nn.Module):
         return "shared-runs" if obstacle else "shared-varlen"
 
     def forward(self, batch: Batch, *, collisions: bool = False) -> Any:
-        """Log-probs of ``batch.targets`` under the active adapter, [N] float32.
+        """Log-probs of ``batch.targets`` under the active adapter, [N] float32; of a reward model
+        the scores of the responses, [R] float32.
 
         With ``collisions`` also log sum_v pi(v)^2 of each of these tokens' distributions, [N]
         float32 without gradient: how probable it is that two draws agree.
         """
+        if self.is_reward_model:
+            return self._scores(batch)
         device, n = self.device.type, len(batch.targets)
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             rows, targets = (_round_up(x, 16) for x in (batch.score_rows, batch.targets))
             hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
-            hidden, weight, bias = self._head(hidden)
+            hidden, weight, bias = heads.project(self.model, hidden)
             options = {"bias": bias, **self._head_options}
             logps: Any = token_logprobs(hidden, weight, targets, **options)
             if not collisions:
@@ -162,9 +184,33 @@ class Policy(nn.Module):
                 sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
                 return logps[:n], (2 * logps - sharp)[:n]
 
+    def _scores(self, batch: Batch) -> Tensor:
+        if batch.end_rows is None:
+            raise InputError(
+                "a reward model scores the last token of each response and has no log-probs: give "
+                "it batches of pack(..., ends=True)"
+            )
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            rows = _round_up(batch.end_rows, 16)
+            hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
+            return heads.scores(self.model.score, hidden)[: batch.num_responses]
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores of the responses of a reward model, [R] float32; the batch is packed with
+        ``ends=True``."""
+        if not self.is_reward_model:
+            raise InputError(f"{self.base} is a language model; load it with head='score'")
+        return self(batch)
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Scores with mean 0 and standard deviation 1 on the reference responses."""
+        if self.score_stats is None:
+            raise InputError(f"{self.base} has no {heads.STATS}: its scores have no known scale")
+        return self.score_stats.apply(scores)
+
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows, row length, D]."""
-        backbone = loading.backbone(self.model)
+        backbone = heads.backbone(self.model)
         ids = batch.input_ids.view(batch.shape)
         if batch.layout == "shared":
             if self.layout == "padded":
@@ -177,24 +223,6 @@ class Policy(nn.Module):
         # Padding stands behind each row, where causal attention never looks: no mask is needed.
         self.attend(self._own_attention)
         return backbone(ids, use_cache=False).last_hidden_state
-
-    def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(hidden, weight, bias) of the output head. An adapter on it is so many columns more,
-        [h, s h A^T] [W, B]^T: in 16 bits W + s B A would round a young adapter away. Without the
-        adapter they are 0, so that policy and reference go through the same product."""
-        head = self.model.get_output_embeddings()
-        if not isinstance(head, LoraLinear) or head.merged:
-            head = head.base if isinstance(head, LoraLinear) else head
-            return hidden, loading.head_weight(head), head.bias
-        name = head.on or head.names[0]
-        A, B = head.factors(name)
-        dropped = nn.functional.dropout(
-            hidden, head.configs[name].dropout, head.training and name == head.on
-        )
-        low = dropped @ A.to(hidden).t() * (head.scaling[name] if name == head.on else 0.0)
-        weight = loading.head_weight(head.base)
-        weight = torch.cat([weight, B.to(weight)], 1)
-        return torch.cat([hidden, low], 1), weight, head.bias
 
     def attend(self, implementation: str) -> None:
         """Compute attention so from now on: not switched back after a forward, because gradient
@@ -298,6 +326,8 @@ class Policy(nn.Module):
         template: str = "auto",
     ) -> list[Generation]:
         """One response per prompt: a string (one user turn) or messages. Temperature 0: greedy."""
+        if self.is_reward_model:
+            raise InputError(f"{self.base} is a reward model: it scores text and cannot write any")
         turns = [[Message("user", p)] if isinstance(p, str) else p for p in prompts]
         training = self.training
         self.eval()
@@ -318,23 +348,10 @@ class Policy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or of a model without adapter a folder for transformers and vLLM.
 
-        Written beside and renamed, so that a folder of this name is whole or not there.
+        Of a reward model one for AutoModelForSequenceClassification. Written beside and renamed, so
+        that a folder of this name is whole or not there.
         """
-        folder = Path(folder)
-        if self.adapter is not None:
-            save_adapter(self.model, folder, self.adapter, base_model_name_or_path=self.base)
-            if self.kind:
-                durable.write_json(folder / loading.QUANTIZATION, {"kind": self.kind})
-            else:
-                (folder / loading.QUANTIZATION).unlink(missing_ok=True)  # of what was here before
-            loading.copy_tokenizer(self.base, self.tokenizer, folder)
-            return
-        with durable.new_dir(folder) as partial, self.plain_attention():
-            if any(isinstance(module, NF4Linear) for module in self.model.modules()):
-                save_bnb(self.model, partial)
-            else:
-                loading.save_model(self.model, partial, self.autocast)
-            loading.copy_tokenizer(self.base, self.tokenizer, partial)
+        saving.save_policy(self, Path(folder))
 
 
 def _round_up(x: Tensor, multiple: int) -> Tensor:

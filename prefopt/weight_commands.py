@@ -33,7 +33,7 @@ def quantize(
         storage: how the bytes are labelled; bfloat16 is for FSDP under torch before 2.9.
         dtype: of what stays as it is, and of what the weights become when they are used.
     """
-    from prefopt import durable, loading
+    from prefopt import durable, loading, saving
     from prefopt.nn.bnb_format import save_bnb
 
     quiet_transformers()
@@ -52,7 +52,7 @@ def quantize(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with durable.new_dir(folder) as partial:
         save_bnb(network, partial, storage=storage)
-        loading.copy_tokenizer(source.base, tokenizer, partial)
+        saving.copy_tokenizer(source.base, tokenizer, partial)
     say(f"model: {folder}")
     return 0
 

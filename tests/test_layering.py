@@ -24,13 +24,13 @@ LAYERS = (
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     (
         *("attention", "fingerprint", "loading", "sharing", "policy", "reference", "moving"),
-        *("rollout", "checkpoint"),
+        *("rollout", "checkpoint", "saving"),
     ),
     ("step",),
     ("objectives", "evaluate", "flops"),
     ("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
     ("demo",),
-    ("commands", "cache_commands", "weight_commands"),
+    ("commands", "cache_commands", "train_commands", "weight_commands"),
     ("cli", "usage"),
     ("__main__",),
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.errors import InputError
+from prefopt.nn import heads
 from prefopt.nn.tensor_files import TensorFiles
 
 
@@ -27,20 +28,53 @@ def read_config(base: str | Path) -> Any:
         raise InputError(f"cannot read the model config of {base}: {first_line(error)}") from None
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of `config` in evaluation mode: parameters on the meta device and
-    tied as the config says, buffers (of positions, mostly) real and initialised."""
-    from transformers import AutoModelForCausalLM
+def scores_texts(config: Any) -> bool:
+    """Whether the weights that the config stands beside are those of a sequence classifier."""
+    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
 
+
+def auto_class(config: Any, head: str) -> Any:
+    """transformers' loader of models with this kind of head. Where the head of a reward model will
+    be a new one, the config is made to ask for one score."""
+    import transformers
+
+    if head == heads.LM:
+        return transformers.AutoModelForCausalLM
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"transformers has no sequence classification for {config.model_type} models, so they "
+            "cannot be reward models; use another base model"
+        )
+    if not scores_texts(config):
+        config.num_labels = 1
+        config.problem_type = "regression"  # or pipelines and servers put a sigmoid on the score
+    return transformers.AutoModelForSequenceClassification
+
+
+def empty_model(config: Any, dtype: torch.dtype, head: str = heads.LM) -> Any:
+    """The model of `config` in evaluation mode, a language or a reward model: parameters on the
+    meta device and tied as the config says, buffers (of positions, mostly) real and initialised.
+    The head of a reward model is in float32, and there if the files will not have it."""
+    loader, fresh = auto_class(config, head), head == heads.SCORE and not scores_texts(config)
     try:
         with _meta_parameters(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = loader.from_config(config, dtype=dtype)
     except Exception as error:
         raise InputError(
-            f"cannot build a causal language model of type {config.model_type}: {first_line(error)}"
+            f"cannot build a {what(head)} of type {config.model_type}: {first_line(error)}"
         ) from None
+    if head == heads.SCORE:
+        heads.check_score_head(model)
+        heads.widen_score(model)
+        if fresh:
+            model.score.to_empty(device="cpu")
     return model.eval()
+
+
+def what(head: str) -> str:
+    """For messages."""
+    return "causal language model" if head == heads.LM else "reward model"
 
 
 @contextmanager
@@ -96,18 +130,25 @@ def _like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
     return new
 
 
-def mismatch(places: Places, names: set[str], files: TensorFiles) -> str | None:
+def mismatch(
+    places: Places, names: set[str], files: TensorFiles, *, fresh_head: bool = False
+) -> str | None:
     """Why the tensors called `names` in the files are not those of the model one to one; or None.
 
     Of tied tensors one is enough; two must be equal. What the model class says it does not need
-    may be there.
+    may be there. fresh_head: the files are a language model's, whose head the model has not.
     """
     if changed := _converted(places.model, names):
         return f"transformers converts {changed} on loading"
-    missing = [name for name, group in places.names.items() if names.isdisjoint(group)]
+    missing = {name for name, group in places.names.items() if names.isdisjoint(group)}
+    unknown = names - places.names.keys() - _ignored(places.model, names)
+    if fresh_head:
+        prefix = f"{places.model.base_model_prefix}."
+        missing -= {f"{heads.SCORE}.weight"}
+        unknown = {name for name in unknown if name.startswith(prefix)}
     if missing:
-        return f"the files lack {missing[0]}"
-    if extra := sorted(names - places.names.keys() - _ignored(places.model, names)):
+        return f"the files lack {min(missing)}"
+    if extra := sorted(unknown):
         return f"the model has no {extra[0]}"
     for group in places.names.values():
         both = [name for name in group if name in names]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prefopt.errors import InputError
+from prefopt.nn import heads
 from prefopt.nn.adapted import Adapted, base_modules
 from prefopt.nn.lora_config import LoraConfig, name_matches, pattern_matches
 from prefopt.nn.lora_linear import LoraLinear
@@ -99,7 +100,7 @@ def config_dict(model: nn.Module, modules: dict[str, Adapted], name: str) -> dic
         "rank_pattern": {k: v * twice[0] for k, v in lora.rank_pattern.items()},
         "revision": None,
         "target_modules": _names(model, adapted, _selects(lora.exclude, saved)),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if hasattr(model, heads.SCORE) else "CAUSAL_LM",
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }

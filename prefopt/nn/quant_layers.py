@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prefopt.errors import InputError
 from prefopt.nn.adapted import Adapted
+from prefopt.nn.heads import SCORE
 from prefopt.nn.linear import CpuLinear
 from prefopt.nn.lora_linear import is_conv1d
 from prefopt.nn.nf4_linear import NF4Linear
@@ -46,6 +47,8 @@ def choose_layers(model: Any, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
                 reason = f"tied to {next(o for o in others if o != f'{name}.weight')}"
             elif any(_covers(pattern, name) for pattern in kept):
                 reason = "the model keeps it in float32"
+            elif name == SCORE:
+                reason = "the head of a reward model"
             if reason is None:
                 chosen[name] = module
         if reason is not None:

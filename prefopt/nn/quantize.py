@@ -6,11 +6,12 @@ model's dtype, quantised and dropped before the next one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.errors import InputError
+from prefopt.nn import heads
 from prefopt.nn.bnb_format import check_config, read_bnb, weight_names
-from prefopt.nn.empty_model import Places, empty_model, first_line, mismatch, read_config
+from prefopt.nn.empty_model import (
+    Places,
+    auto_class,
+    empty_model,
+    first_line,
+    mismatch,
+    read_config,
+    scores_texts,
+)
 from prefopt.nn.nf4 import Packed4, quantize_nf4
 from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.quant_layers import HEAD, check_finite, choose_layers
@@ -68,10 +78,12 @@ def load_quantized(
     double: bool = True,
     search: str | None = None,
     skip: Sequence[str] = (HEAD,),
+    head: str = heads.LM,
 ) -> tuple[Any, QuantReport | None]:
-    """A causal language model of a folder or hub id with its linear layers in 4 bits, and what was
-    done; None for a folder that holds 4-bit weights (bitsandbytes' format), which are taken as
-    they are. Everything else is in `dtype`.
+    """A language (or reward) model of a folder or hub id with its linear layers in 4 bits, and what
+    was done; None for a folder that holds 4-bit weights (bitsandbytes' format), which are taken as
+    they are. Everything else is in `dtype`, but for the head of a reward model: it is in float32,
+    and if the files are a language model's its values are the caller's to draw.
 
     Files whose tensors are not the model's one to one (.bin, fused experts, old names) are loaded
     whole by transformers first, which takes the memory of the dense model, and the log says so.
@@ -80,16 +92,17 @@ def load_quantized(
     folder = _folder(base)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
-        return _load_packed(base, folder, config, dtype, device), None
+        return _load_packed(base, folder, config, dtype, device, head), None
     options = {"kind": kind, "double": double, "search": search}
     quantize_nf4(torch.zeros(1), **options)
-    model = empty_model(config, dtype)
+    fresh = head == heads.SCORE and not scores_texts(config)
+    model = empty_model(config, dtype, head)
     places = Places(model)
-    reason = _why_whole(folder, places, dtype)
+    reason = _why_whole(folder, places, dtype, fresh)
     if reason is not None:
         log.info("%s is loaded whole before it is quantised: %s", base, reason)
         del model, places
-        model = load_whole(folder, dtype)
+        model = load_whole(folder, dtype, head)
         report = quantize_model(model, skip, device=device, **options)
         return model.to(device), report
     report = _fill_quantized(TensorFiles(folder), places, device, skip, options)
@@ -134,7 +147,7 @@ def _folder(base: str) -> Path:
         raise InputError(f"cannot load a model from {base}: {first_line(error)}") from None
 
 
-def _why_whole(folder: Path, places: Places, dtype: torch.dtype) -> str | None:
+def _why_whole(folder: Path, places: Places, dtype: torch.dtype, fresh: bool) -> str | None:
     """Why the files cannot be quantised tensor by tensor; None if they can."""
     if not (folder / WHOLE).is_file() and not (folder / INDEX).is_file():
         return f"it has no {WHOLE}"
@@ -143,26 +156,59 @@ def _why_whole(folder: Path, places: Places, dtype: torch.dtype) -> str | None:
         if getattr(model, name, None) and dtype != torch.float32:
             return "its class keeps some modules in float32"
     files = TensorFiles(folder)
-    return mismatch(places, set(files.names), files)
+    return mismatch(places, set(files.names), files, fresh_head=fresh)
 
 
-def load_whole(base: str | Path, dtype: torch.dtype) -> Any:
-    """The dense causal language model of a folder or hub id; every failure is an InputError."""
-    from transformers import AutoModelForCausalLM
+def load_whole(base: str | Path, dtype: torch.dtype, head: str = heads.LM) -> Any:
+    """The dense language or reward model of a folder or hub id; every failure is an InputError.
 
+    The head of a reward model is in float32, and a language model's folder leaves it to be drawn.
+    """
+    config = read_config(base)
+    loader = auto_class(config, head)
+    fresh_head = head == heads.SCORE and not scores_texts(config)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet(fresh_head):
             warnings.simplefilter("ignore")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, output_loading_info=True
+            loaded: Any = loader.from_pretrained(
+                base, config=config, dtype=dtype, output_loading_info=True
             )
             model, info = loaded
     except Exception as error:
         raise InputError(f"cannot load a model from {base}: {first_line(error)}") from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"{base} lacks weights the model needs: {missing}; the folder is damaged")
+    missing = set(info["missing_keys"])
+    if head == heads.SCORE:
+        heads.check_score_head(model)
+        missing -= {f"{heads.SCORE}.weight"} if fresh_head else set()
+        _read_score(model, Path(base))
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{base} lacks weights the model needs: {names}; the folder is damaged")
     return model
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without transformers' table of the weights that are missing: a new head is meant to be."""
+    from transformers.utils import logging as logs
+
+    before = logs.get_verbosity()
+    logs.set_verbosity(logs.ERROR if quiet else before)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(before)
+
+
+def _read_score(model: Any, folder: Path) -> None:
+    """The head in float32, and as the file has it, which transformers has cast to 16 bits."""
+    heads.widen_score(model)
+    name = f"{heads.SCORE}.weight"
+    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+        files = TensorFiles(folder)
+        if name in files.names:
+            (weight,) = files.read(name)
+            model.score.weight.data.copy_(weight)
 
 
 def _fill_quantized(
@@ -199,15 +245,16 @@ def _fill_quantized(
 
 
 def _load_packed(
-    base: str, folder: Path, config: Any, dtype: torch.dtype, device: torch.device
+    base: str, folder: Path, config: Any, dtype: torch.dtype, device: torch.device, head: str
 ) -> Any:
     """The model of a 4-bit folder, without bitsandbytes."""
     check_config(folder)
     del config.quantization_config
     files = TensorFiles(folder)
-    model = empty_model(config, dtype)
+    fresh = head == heads.SCORE and not scores_texts(config)
+    model = empty_model(config, dtype, head)
     places = Places(model)
-    if reason := mismatch(places, set(weight_names(files)), files):
+    if reason := mismatch(places, set(weight_names(files)), files, fresh_head=fresh):
         raise InputError(f"{folder} does not fit {type(model).__name__}: {reason}")
     for name, value in read_bnb(files):
         if name not in places.names:
