@@ -4,55 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefopt.commands import Dtype, Quantize, load_policy, pairs
+from prefopt.commands import load_policy
 from prefopt.config import TrainConfig, default_cache
 from prefopt.errors import InputError
-from prefopt.nn.lora_config import LoraConfig
 from prefopt.terminal import say
+from prefopt.train_commands import Setup, load_data
 
 
-def build(
-    config: TrainConfig,
-    model: str = "embedded",
-    data: str = "embedded",
-    split: str | None = None,
-    columns: dict[str, str | None] | None = None,
-    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
-    quantize: Quantize | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    quiet: bool = False,
-) -> int:
-    """Compute the reference log-probs that `prefopt dpo` with the same flags would need.
-
-    Args:
-        model: as for dpo.
-        data: as for dpo.
-        split: as for dpo.
-        columns: as for dpo.
-        lora: as for dpo; with null, 16-bit weights are kept in float32.
-        quantize: as for dpo.
-        dtype: as for dpo.
-        device: as for dpo.
-        quiet: print nothing but errors.
-    """
+def build(config: TrainConfig, setup: Setup) -> int:
+    """Compute the reference log-probs that `prefopt dpo` with the same flags would need."""
+    from prefopt.data.sources import load_preferences
     from prefopt.metrics import Progress
     from prefopt.objectives.dpo import DPO
     from prefopt.prepare import fill_cache, make_plan
     from prefopt.reference import ReferenceCache
     from prefopt.stop import Stopped, StopSignal
 
-    source = pairs(data, split, columns, quiet=quiet)
-    policy = load_policy(model, lora, dtype, device, quantize)
+    source = load_data(setup, load_preferences)
+    policy = load_policy(setup.model, setup.lora, setup.dtype, setup.device, setup.quantize)
     policy.use_float32_masters()
     plan = make_plan(DPO(), policy, source, config)
     cache = ReferenceCache(config.cache or default_cache())
-    with Progress(quiet=quiet) as progress, StopSignal() as stop:
+    with Progress(quiet=setup.quiet) as progress, StopSignal() as stop:
         try:
             fill_cache(cache, policy, plan, config, policy.reference_key(), progress, stop)
         except Stopped:
             say("stopped; what was computed is kept")
-    if not quiet:
+    if not setup.quiet:
         say(f"{cache.dir}: {cache.hits:,} responses on disk, {cache.misses:,} computed now "
             f"in {cache.forwards:,} forward passes")  # fmt: skip
     return 0

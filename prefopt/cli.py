@@ -6,22 +6,28 @@ Exit codes: 0 done, 2 bad input, 1 a defect.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from prefopt import __version__, cache_commands, commands, weight_commands
+from prefopt import __version__, cache_commands, commands, train_commands, weight_commands
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
+from prefopt.train_commands import Sampling, Setup
 from prefopt.usage import argument_message
 
 Command = Callable[..., int]
-BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force")
+BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force", "wpo")
+GROUPS = {"config": TrainConfig, "setup": Setup, "sampling": Sampling}  # parameters of many flags
 SUBJECT = {"report": "--run", "eval": "--model", "merge": "--model"}  # `prefopt report runs/hh`
 COMMANDS: dict[str, Command] = {
-    "dpo": commands.dpo,
+    "sft": train_commands.sft,
+    "reward": train_commands.reward,
+    "dpo": train_commands.dpo,
     "eval": commands.evaluate,
     "generate": commands.generate,
     "demo": commands.demo,
@@ -68,8 +74,9 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def arranged(argv: Sequence[str]) -> list[str]:
-    """--config first, so that flags win over it wherever they stand; a bare run folder as --run."""
-    args = list(argv)
+    """--config first, so that flags win over it wherever they stand; a bare run folder as --run;
+    --loss.gamma as an option of the loss."""
+    args = [re.sub(r"^--loss\.", "--loss_options.", word) for word in argv]
     if len(args) > 1 and args[0] in SUBJECT and not args[1].startswith("-"):
         args.insert(1, SUBJECT[args[0]])
     start = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
@@ -102,13 +109,13 @@ def make_parser() -> ArgumentParser:
 
 
 def command_parser(function: Command) -> ArgumentParser:
-    """Flags of a command: its parameters and, if it takes one, the fields of TrainConfig."""
+    """Flags of a command: its parameters, and the fields of those that are groups of flags."""
     parser = ArgumentParser(exit_on_error=False, description=first_line(function))
     parser.add_argument("--config", action="config", help="YAML file with any of these keys.")
-    takes_config = "config" in function.__annotations__
-    if takes_config:
-        parser.add_class_arguments(TrainConfig)
-    parser.add_function_arguments(function, skip={"config"} if takes_config else None)
+    groups = _groups(function)
+    for name in groups:
+        parser.add_class_arguments(GROUPS[name])
+    parser.add_function_arguments(function, skip=set(groups) or None)
     for action in parser._actions:
         if action.dest in BARE_FLAGS:  # `--quiet` is `--quiet true`
             action.nargs, action.const = "?", True
@@ -131,10 +138,14 @@ def run(parsed: Namespace) -> int:
     arguments.pop("config", None)
     if isinstance(arguments.get("lora"), Namespace):
         arguments["lora"] = LoraConfig(**vars(arguments["lora"]))
-    if "config" in function.__annotations__:
-        fields = TrainConfig.__dataclass_fields__
-        arguments["config"] = TrainConfig(**{k: arguments.pop(k) for k in fields})
+    for name in _groups(function):
+        group: Any = GROUPS[name]
+        arguments[name] = group(**{k: arguments.pop(k) for k in group.__dataclass_fields__})
     return function(**arguments)
+
+
+def _groups(function: Command) -> list[str]:
+    return [name for name in GROUPS if name in function.__annotations__]
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
-from prefopt.terminal import describe, finish, say, show_plan, summary_line
+from prefopt.terminal import say, summary_line
 
 if TYPE_CHECKING:
     from prefopt.data.records import Pair
@@ -27,117 +26,42 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["nf4", "fp4", "none"]
 
 
-def pairs(
-    data: str, split: str | None, columns: dict[str, str | None] | None, *, quiet: bool = False
+def records(
+    load: Callable[..., Any],
+    data: str,
+    split: str | None,
+    columns: dict[str, str | None] | None,
+    *,
+    quiet: bool = False,
 ) -> Any:
-    """The preference pairs of --data, with the report of what was read printed."""
-    from prefopt.data.sources import load_preferences
-    from prefopt.loading import EMBEDDED
-
-    embedded = data == "embedded"
-    source: Any = EMBEDDED / "preferences.jsonl.gz" if embedded else data
-    if embedded:
-        rows = _rows(source)
-        source = [row for row in rows if split is None or row.get("split") == split]
-    result = load_preferences(source, split=None if embedded else split, columns=columns)
-    if embedded:
+    """What ``load`` (`load_preferences` or another) makes of --data, with its report printed."""
+    if data == "embedded":
+        result = load(_embedded(split), columns=columns)
         result.report.source = "embedded"
+    else:
+        result = load(data, split=split, columns=columns)
     for line in () if quiet else result.report.lines():
         say(line)
     return result
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _embedded(split: str | None) -> list[dict[str, Any]]:
     import gzip
 
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    from prefopt.loading import EMBEDDED
 
-
-def dpo(
-    config: TrainConfig,
-    model: str = "embedded",
-    data: str = "embedded",
-    split: str | None = None,
-    columns: dict[str, str | None] | None = None,
-    loss: str = "dpo",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
-    quantize: Quantize | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    dry_run: bool = False,
-    quiet: bool = False,
-) -> int:
-    """Train a model on preference pairs with DPO.
-
-    Args:
-        model: model, adapter or run folder, or hub id; embedded is the tiny model in the package.
-        data: file, folder or hub id of preference pairs; embedded is the set in the package.
-        split: which split of the data.
-        columns: names of your columns, for example {prompt: question, chosen: good, rejected: bad}.
-        loss: preference loss.
-        beta: weight of staying close to the reference; a higher beta stays closer.
-        label_smoothing: probability that a label is wrong.
-        lora: adapter to train; null trains all weights.
-        quantize: nf4 or fp4 holds the linear layers in 4 bits (QLoRA); null leaves them as stored.
-        dtype: of the weights; auto is bfloat16 on GPUs that have it, else float16 there, and
-            float32 on CPU.
-        device: auto, cpu, cuda, cuda:1, xpu or mps.
-        dry_run: resolve everything, print the plan and a token preview, train and write nothing.
-        quiet: print nothing but errors.
-    """
-    import torch
-
-    from prefopt import loading
-    from prefopt.objectives.dpo import DPO
-    from prefopt.prepare import find_checkpoint, make_plan
-    from prefopt.rundir import RunDir
-    from prefopt.stop import Stopped, StopSignal
-    from prefopt.train import train
-
-    if quiet:
-        logging.getLogger("prefopt").setLevel(logging.WARNING)
-    extra = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    objective = DPO(loss, beta, **extra)
-    RunDir(Path(config.out), resuming=config.resume is not None)
-    find_checkpoint(config)
-    loading.resolve(model)
-    try:
-        with StopSignal(at_once=True):  # nothing is lost before train(), which waits for a step
-            source = pairs(data, split, columns, quiet=quiet)
-            torch.manual_seed(config.seed)  # the adapter's A is drawn from it
-            policy = load_policy(model, lora, dtype, device, quantize)
-    except Stopped:
-        say("stopped before training")
-        return 0
-    if not quiet or dry_run:
-        describe(policy, lora)
-    if dry_run:
-        show_plan(policy, source, config, make_plan(objective, policy, source, config))
-        return 0
-    settings = {
-        "model": model,
-        "data": data,
-        "split": split,
-        "columns": columns,
-        "loss": loss,
-        "beta": beta,
-        "label_smoothing": label_smoothing,
-        "lora": asdict(lora) if lora and policy.lora_report else None,
-        "quantize": quantize,
-        "dtype": dtype,
-        "device": device,
-    }
-    run = train(objective, policy, source, config, quiet=quiet, settings=settings)
-    if not quiet:
-        finish(run)
-    return 0
+    with gzip.open(EMBEDDED / "preferences.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if split is None or row.get("split") == split]
 
 
 def load_policy(
-    model: str, lora: LoraConfig | None, dtype: str, device: str, quantize: str | None = None
+    model: str,
+    lora: LoraConfig | None,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    head: str | None = None,
 ) -> Policy:
     """--model with a fresh adapter, or with its own where --model is an adapter already."""
     from prefopt import loading
@@ -145,8 +69,9 @@ def load_policy(
 
     quiet_transformers()
     has_adapter = loading.resolve(model).adapter is not None
+    lora = None if has_adapter else lora
     return Policy.from_pretrained(
-        model, lora=None if has_adapter else lora, quantize=quantize, dtype=dtype, device=device
+        model, lora=lora, quantize=quantize, dtype=dtype, device=device, head=head
     )
 
 
@@ -195,6 +120,7 @@ def evaluate(
     from prefopt import durable
     from prefopt.data.encode import encode_pairs
     from prefopt.data.packing import pack
+    from prefopt.data.sources import load_preferences
     from prefopt.data.split import split_pairs
     from prefopt.evaluate import evaluate as run_evaluation
     from prefopt.objectives.dpo import DPO
@@ -202,7 +128,7 @@ def evaluate(
 
     if held_out is not None and not 0 < held_out < 1:
         raise InputError(f"held_out is {held_out!r}; it must be between 0 and 1")
-    source: list[Pair] = list(pairs(data, split, columns))
+    source: list[Pair] = list(records(load_preferences, data, split, columns))
     if held_out is not None:
         source = [source[i] for i in split_pairs(source, held_out)[1]]
     policy = load_policy(model, None, dtype, device, quantize)

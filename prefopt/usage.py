@@ -19,6 +19,10 @@ ALIASES = {
     "per_device_train_batch_size": "batch_size",
     "lr_scheduler_type": "schedule",
     "max_grad_norm": "max_norm",
+    "label_smoothing": "loss.label_smoothing",
+    "loss_type": "loss",
+    "loss_weights": "loss",
+    "simpo_gamma": "loss.gamma",
     "rank": "lora.r",
     "lora_r": "lora.r",
     "lora.rank": "lora.r",
@@ -157,5 +161,7 @@ def _flags(parser: Any, args: Sequence[str]) -> list[str]:
     names = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
     if "lora" in names:
         names |= {f"lora.{name}" for name in LoraConfig.__dataclass_fields__}
+    if "loss" in names:
+        names |= {"loss.label_smoothing", "loss.gamma"}
     hidden = {"h", "help", "lora.help", "print_shtab", "prompt+"}
     return sorted(names - hidden)

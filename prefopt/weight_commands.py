@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from prefopt.commands import Dtype, load_policy, pairs, quiet_transformers
+from prefopt.commands import Dtype, load_policy, quiet_transformers, records
 from prefopt.errors import InputError
 from prefopt.terminal import say
 
@@ -85,6 +85,7 @@ def merge(
         force: write the result even if merging lost what was trained.
     """
     from prefopt.data.encode import encode_pairs
+    from prefopt.data.sources import load_preferences
     from prefopt.export import merge_policy
     from prefopt.prepare import context_length
 
@@ -92,7 +93,7 @@ def merge(
     if pairs_checked < 1:
         raise InputError(f"pairs_checked is {pairs_checked}; it must be at least 1")
     given, split, columns, template = data_of(model, data)
-    source = pairs(given, split, columns, quiet=True)
+    source = records(load_preferences, given, split, columns, quiet=True)
     policy = load_policy(model, None, dtype, device, quantize)
     original = None
     if into == "original":

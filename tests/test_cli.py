@@ -425,7 +425,7 @@ def test_an_unknown_key_like_no_other(bad):
     [
         ("batch_size", "eight", "a whole number"), ("batch_size", "8.5", "a whole number"),
         ("lr", "fast", "a number or null"), ("max_steps", "many", "a whole number or null"),
-        ("beta", "low", "a number"), ("dry_run", "maybe", "true or false"),
+        ("beta", "low", "a number or null"), ("dry_run", "maybe", "true or false"),
         ("lora.r", "eight", "a whole number"), ("lora.use_rslora", "3", "true or false"),
         ("schedule", "expo", "one of linear, cosine, constant"),
         ("dtype", "fp8", "one of auto, float32, bfloat16, float16"),
@@ -456,10 +456,13 @@ def test_lora_is_switched_off_with_null(bad, value):
         (["--eval_fraction", "1.5"], "eval_fraction is 1.5; it must be in [0, 1)"),
         (["--beta", "0"], "beta is 0.0; it must be above 0 and finite for loss 'dpo'"),
         (
-            ["--label_smoothing", "0.7"],
+            ["--loss.label_smoothing", "0.7"],
             "label_smoothing is 0.7; it must be in [0, 0.5) for loss 'dpo'",
         ),
-        (["--loss", "dpoo"], f"unknown loss 'dpoo' (did you mean 'dpo'?); there are: {', '.join(LOSSES)}"),
+        (
+            ["--loss", "dpoo"],
+            f"unknown loss 'dpoo' (did you mean 'dpo'?); there are: {', '.join(LOSSES)}",
+        ),
         (["--device", "gpu"], "device is auto, cpu, cuda, cuda:1, xpu or mps, not 'gpu'"),
         (["--lr"], "--lr needs a value"),
         (["stray"], "'stray' belongs to no option; every value follows its --name"),

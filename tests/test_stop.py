@@ -190,7 +190,7 @@ def test_sigterm_while_tokenizing_stops_at_once(go, tmp_path, monkeypatch):
         terminate()
         time.sleep(60)
 
-    monkeypatch.setattr(sys.modules["prefopt.prepare"], "encode_pairs", encode)
+    monkeypatch.setattr(sys.modules["prefopt.objectives.dpo"], "encode_pairs", encode)
     assert go(tmp_path).stopped and not any(tmp_path.iterdir())
 
 

@@ -1,0 +1,260 @@
+"""`prefopt sft | reward | dpo`: the commands that train; arguments are flags, docstrings help."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefopt.commands import Dtype, Quantize, load_policy, records
+from prefopt.config import TrainConfig
+from prefopt.errors import InputError
+from prefopt.nn.lora_config import LoraConfig
+from prefopt.terminal import describe, finish, say, show_plan
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, and on what.
+
+    Attributes:
+        model: model, adapter or run folder, or hub id; embedded is the tiny model in the package.
+        data: file, folder or hub id; embedded is the set in the package; several preference sets
+            as {helpful: a.jsonl, harmless: b.jsonl}.
+        data_weights: share of each of several sets in the loss, for example {helpful: 2}; null
+            counts every pair once.
+        split: which split of the data.
+        columns: names of your columns, for example {prompt: question, chosen: good, rejected: bad}.
+        lora: adapter to train; null trains all weights.
+        quantize: nf4 or fp4 holds the linear layers in 4 bits (QLoRA); null leaves them as stored.
+        dtype: of the weights; auto is bfloat16 on GPUs that have it, else float16 there, and
+            float32 on CPU.
+        device: auto, cpu, cuda, cuda:1, xpu or mps.
+        dry_run: resolve everything, print the plan and a token preview, train and write nothing.
+        quiet: print nothing but errors.
+    """
+
+    model: str = "embedded"
+    data: str | dict[str, str] = "embedded"
+    data_weights: dict[str, float] | None = None
+    split: str | None = None
+    columns: dict[str, str | None] | None = None
+    lora: LoraConfig | None = LoraConfig()  # noqa: RUF009 - frozen
+    quantize: Quantize | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    dry_run: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Iterative DPO: where the pairs of a round come from.
+
+    Attributes:
+        rounds: rounds of sampling answers to the prompts of --data, pairing them by --reward and
+            training on the pairs; 0 trains on the pairs of --data.
+        reward: a reward model's folder or module:function, or several as {name: folder}.
+        reward_weights: weight of each of several rewards; null weighs them equally.
+        samples_per_prompt: answers sampled for each prompt.
+        temperature: of the sampling.
+        new_tokens: longest answer.
+        prompts_per_round: prompts of one round; null is all of them in every round.
+    """
+
+    rounds: int = 0
+    reward: str | dict[str, str] | None = None
+    reward_weights: dict[str, float] | None = None
+    samples_per_prompt: int = 4
+    temperature: float = 1.0
+    new_tokens: int = 128
+    prompts_per_round: int | None = None
+
+
+def sft(
+    config: TrainConfig, setup: Setup, loss_on: Literal["assistant", "all"] = "assistant"
+) -> int:
+    """Train a model to imitate dialogues or plain text.
+
+    Args:
+        loss_on: tokens that are learnt, the assistant's turns or all.
+    """
+    from prefopt.data.dialogues import load_dialogues
+    from prefopt.objectives.sft import SFT
+
+    settings = {"loss_on": loss_on}
+    return _run(SFT(loss_on=loss_on), config, setup, load_dialogues, settings)
+
+
+def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float = 0.0) -> int:
+    """Train a reward model on preference pairs or rankings.
+
+    Args:
+        margin: how much of the data's own margin the scores of a pair must differ by.
+        center: weight of holding the scores around 0; 0.01 is common.
+    """
+    from prefopt.objectives.reward import Reward
+
+    settings = {"margin": margin, "center": center}
+    return _run(Reward(margin, center), config, setup, ranked, settings, head="score")
+
+
+def dpo(
+    config: TrainConfig,
+    setup: Setup,
+    sampling: Sampling,
+    loss: str = "dpo",
+    loss_options: dict[str, Any] | None = None,
+    beta: float | None = None,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    ld_alpha: float | None = None,
+    wpo: bool = False,
+) -> int:
+    """Train a model on preference pairs with DPO or another preference loss.
+
+    Args:
+        loss: one of the losses, kto, a sum such as "dpo + 0.2*sft", or module:function of your own.
+        loss_options: options of the loss, spelled --loss.gamma 0.5 as flags.
+        beta: weight of staying close to the reference, a higher beta stays closer; null is the
+            loss's own default, 0.1 for most.
+        divergence: from the reference; reverse_kl, forward_kl, js_divergence or alpha_divergence.
+        divergence_alpha: of the alpha_divergence.
+        ld_alpha: weight of the tokens by which a response is longer than the other (LD-DPO).
+        wpo: weight pairs by how probable they are under the policy (WPO).
+    """
+    from prefopt.data.sources import load_preferences
+    from prefopt.objectives.dpo import DPO
+    from prefopt.objectives.kto import KTO
+
+    shaping = {"divergence": divergence, "divergence_alpha": divergence_alpha}
+    shaping |= {"ld_alpha": ld_alpha, "wpo": wpo}
+    options = loss_options or {}
+    if loss == "kto":
+        objective: Any = KTO(**_kto_options(beta, options, shaping))
+    else:
+        objective = DPO(loss, beta, **shaping, **options)  # pyright: ignore[reportArgumentType]
+    settings = {"loss": loss, "loss_options": loss_options, "beta": beta, **shaping}
+    settings |= dataclasses.asdict(sampling)
+    if sampling.rounds:
+        return _iterate(objective, config, setup, sampling, settings)
+    if sampling.reward is not None:
+        raise InputError("--reward ranks sampled answers; say in how many rounds with --rounds")
+    return _run(objective, config, setup, load_preferences, settings)
+
+
+def _kto_options(beta: float | None, options: dict, shaping: dict) -> dict[str, Any]:
+    known = ("desirable_weight", "undesirable_weight")
+    for key in options:
+        if key not in known:
+            raise InputError(f"loss 'kto' takes no {key!r}; it takes: beta, {', '.join(known)}")
+    if shaping["divergence"] != "reverse_kl" or shaping["ld_alpha"] is not None or shaping["wpo"]:
+        raise InputError("divergence, ld_alpha and wpo are about pairs, and kto has none")
+    return {**({} if beta is None else {"beta": beta}), **options}
+
+
+def _run(
+    objective: Any,
+    config: TrainConfig,
+    setup: Setup,
+    load: Callable[..., Any],
+    settings: dict[str, Any],
+    head: str | None = None,
+) -> int:
+    """Load data and model, and train or only show the plan."""
+    import torch
+
+    from prefopt import loading
+    from prefopt.prepare import find_checkpoint, make_plan
+    from prefopt.rundir import RunDir
+    from prefopt.stop import Stopped, StopSignal
+    from prefopt.train import train
+
+    if setup.quiet:
+        logging.getLogger("prefopt").setLevel(logging.WARNING)
+    RunDir(Path(config.out), resuming=config.resume is not None)
+    find_checkpoint(config)
+    loading.resolve(setup.model)
+    try:
+        with StopSignal(at_once=True):  # nothing is lost before train(), which waits for a step
+            source = load_data(setup, load)
+            torch.manual_seed(config.seed)  # a fresh head and the adapter's A are drawn from it
+            policy = load_policy(
+                setup.model, setup.lora, setup.dtype, setup.device, setup.quantize, head
+            )
+    except Stopped:
+        say("stopped before training")
+        return 0
+    if not setup.quiet or setup.dry_run:
+        describe(policy, setup.lora)
+    if setup.dry_run:
+        show_plan(policy, source, config, make_plan(objective, policy, source, config))
+        return 0
+    adapted = {"lora": setup.lora if policy.lora_report else None}
+    recorded = {**dataclasses.asdict(dataclasses.replace(setup, **adapted)), **settings}
+    for key in ("dry_run", "quiet"):
+        recorded.pop(key)
+    run = train(objective, policy, source, config, quiet=setup.quiet, settings=recorded)
+    if not setup.quiet:
+        finish(run)
+    return 0
+
+
+def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
+    """The records of --data, of one source or of several mixed."""
+    if isinstance(setup.data, str):
+        if setup.data_weights:
+            raise InputError("data_weights weighs several sets; give --data as {name: file, ...}")
+        return records(load, setup.data, setup.split, setup.columns, quiet=setup.quiet)
+    from prefopt.data.mixing import mix
+    from prefopt.data.sources import load_preferences
+
+    if load is not load_preferences:
+        raise InputError("--data is one source here; only preference pairs can be mixed")
+    parts = {
+        name: records(load, path, setup.split, setup.columns, quiet=setup.quiet)
+        for name, path in setup.data.items()
+    }
+    return mix(parts, setup.data_weights)
+
+
+def ranked(source: Any, **options: Any) -> Any:
+    """Preference pairs, with their margins, or else rankings."""
+    from prefopt.data.rankings import load_rankings
+    from prefopt.data.sources import load_preferences
+
+    try:
+        return load_preferences(source, **options)
+    except InputError as no_pairs:
+        try:
+            return load_rankings(source, **options)
+        except InputError:
+            raise no_pairs from None
+
+
+def _iterate(
+    objective: Any, config: TrainConfig, setup: Setup, sampling: Sampling, settings: dict[str, Any]
+) -> int:
+    """--rounds: sample, rank, pair and train, over and over."""
+    from prefopt.data.prompts import load_prompts
+    from prefopt.rewards import load_reward
+    from prefopt.rounds import iterate
+
+    if sampling.reward is None:
+        raise InputError("--rounds needs --reward: a reward model's folder or module:function")
+    specs = sampling.reward
+    specs = {"reward": specs} if isinstance(specs, str) else specs
+    prompts = load_data(setup, load_prompts)
+    where = {"device": setup.device, "dtype": setup.dtype}
+    rewards = {name: load_reward(spec, **where) for name, spec in specs.items()}
+    iterate(
+        setup.model, prompts, rewards, config,
+        rounds=sampling.rounds, objective=objective, reward_weights=sampling.reward_weights,
+        samples=sampling.samples_per_prompt, temperature=sampling.temperature,
+        max_new_tokens=sampling.new_tokens, prompts_per_round=sampling.prompts_per_round,
+        lora=setup.lora, quantize=setup.quantize, quiet=setup.quiet, settings=settings, **where,
+    )  # fmt: skip
+    return 0
