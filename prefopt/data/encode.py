@@ -107,7 +107,7 @@ def encode_pairs(
         items.append(Encoded(prompt[:size].copy(), kept, index, **about))
     counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
     if not items:
-        raise InputError(_nothing_left(counts, prompt_lengths, max_length))
+        raise InputError(nothing_left(counts, prompt_lengths, max_length))
     return EncodedSet(items, dict(counts), str(chosen_template))
 
 
@@ -126,11 +126,17 @@ def encode_prompts(
 
 def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     """What the model will see, as (segment, text): the prompt once, then for each response its
-    text and either ("eos", ...) or ("truncated", "")."""
+    text, with what is not scored of it as more "prompt", and either ("eos", ...) or
+    ("truncated", "")."""
     out = [("prompt", decode(encoded.prompt, tokenizer))]
     for response in encoded.responses:
         whole = response[-1] == tokenizer.eos_token_id
-        out.append(("response", decode(response[:-1] if whole else response, tokenizer)))
+        size = len(response) - whole
+        scored = np.ones(size, dtype=bool) if encoded.scored is None else encoded.scored[:size]
+        starts = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist()]
+        for start, end in zip(starts, [*starts[1:], size], strict=True):
+            kind = "response" if scored[start:end].all() else "prompt"
+            out.append((kind, decode(response[start:end], tokenizer)))
         out.append(("eos", decode(response[-1:], tokenizer)) if whole else ("truncated", ""))
     return out
 
@@ -236,12 +242,15 @@ def _fit(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str
     return "identical after truncation" if np.array_equal(*cut) else cut
 
 
-def _nothing_left(counts: Counter[str], prompt_lengths: list[int], max_length: int) -> str:
+def nothing_left(
+    counts: Counter[str], prompt_lengths: list[int], max_length: int, unit: str = "pair"
+) -> str:
+    """Why encoding left nothing, and which max_length would."""
     dropped = {k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped")}
     if not dropped:
-        return "There are no pairs to encode."
+        return f"There are no {unit}s to encode."
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
-    message = f"No pair is left after encoding with max_length={max_length}: {reasons}"
+    message = f"No {unit} is left after encoding with max_length={max_length}: {reasons}"
     if not any("max_length" in reason or "truncation" in reason for reason in dropped):
         return f"{message}."
     longest, median = max(prompt_lengths), int(np.median(prompt_lengths))

@@ -66,7 +66,7 @@ def from_transcripts(row: RowDict) -> Pair | str:
         return "the transcript ends with a human turn"
     if chosen_context != rejected_context:
         return "contexts differ"
-    return _pair(row, _turns(chosen_context), _reply(chosen), _reply(rejected))
+    return _pair(row, read_transcript(chosen_context), _reply(chosen), _reply(rejected))
 
 
 def from_transcript_prompt(row: RowDict) -> Pair | str:
@@ -78,7 +78,7 @@ def from_transcript_prompt(row: RowDict) -> Pair | str:
         return "the prompt does not end with an open assistant turn"
     # The space after the marker stands in the prompt or in the reply, according to the file.
     reply = (lambda text: [Message("assistant", text)]) if opening else _reply
-    return _pair(row, _turns(context), reply(row["chosen"]), reply(row["rejected"]))
+    return _pair(row, read_transcript(context), reply(row["chosen"]), reply(row["rejected"]))
 
 
 def from_strings(row: RowDict) -> Pair | str:
@@ -97,7 +97,7 @@ def from_messages(row: RowDict) -> Pair | str:
     """Message lists: whole conversations or last turns, with or without a `prompt` column."""
     sides = []
     for key in ("chosen", "rejected"):
-        turns = _messages(row[key], "assistant")
+        turns = read_messages(row[key], "assistant")
         if isinstance(turns, str):
             return turns
         if not turns or turns[-1].role != "assistant":
@@ -107,7 +107,7 @@ def from_messages(row: RowDict) -> Pair | str:
     if shared is None:
         return "contexts differ"
     given = row.get("prompt")
-    prompt = _messages(given, "user") if given is not None else []
+    prompt = read_messages(given, "user") if given is not None else []
     if isinstance(prompt, str):
         return prompt
     prompt = _join_prompt(prompt, shared, isinstance(given, str))
@@ -173,7 +173,7 @@ def _is_open(row: RowDict) -> bool:
     return bool(MARKER.match(row["prompt"])) and row["prompt"].rstrip().endswith(ASSISTANT)
 
 
-def _turns(context: str) -> list[Message]:
+def read_transcript(context: str) -> list[Message]:
     """Alternating turns of a transcript; text before the first marker is a system turn.
 
     A marker that would repeat the speaker, or one not at the start of a paragraph, is text.
@@ -199,7 +199,7 @@ def _reply(text: str) -> list[Message]:
 # --- message lists -----------------------------------------------------------------------------
 
 
-def _messages(value: Any, role: str) -> list[Message] | str:
+def read_messages(value: Any, role: str) -> list[Message] | str:
     """Messages of a list of {role, content} (or of a plain string, as `role`), or a reason."""
     if isinstance(value, str):
         return [Message(role, value)]
@@ -209,7 +209,7 @@ def _messages(value: Any, role: str) -> list[Message] | str:
     for message in value:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             return "a message lacks 'role' or 'content'"
-        if message["role"] not in ROLES:
+        if not isinstance(message["role"], str) or message["role"] not in ROLES:
             return f"unknown role {message['role']!r}"
         if not isinstance(message["content"], str):
             return f"a message's content is {type(message['content']).__name__}, not text"

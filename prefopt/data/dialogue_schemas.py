@@ -1,0 +1,185 @@
+"""The shapes that rows of conversations and plain text come in, and how each becomes a `Dialogue`.
+
+As in schemas.py, a shape is a `Schema`; here the first of `DIALOGUES` that fits a row is the row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefopt.data.records import Dialogue, Message, Pair
+from prefopt.data.schemas import (
+    ASSISTANT,
+    DETECTORS,
+    MARKER,
+    RowDict,
+    Schema,
+    read_messages,
+    read_transcript,
+)
+
+NAMES = (
+    *("messages", "conversations", "prompt", "completion", "response"),
+    *("instruction", "input", "output", "text", "chosen", "rejected", "system", "source"),
+)
+SPEAKERS = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+    "observation": "tool",
+}
+
+
+# --- one function per shape --------------------------------------------------------------------
+
+
+def from_messages(row: RowDict, column: str) -> Dialogue | str:
+    """A list of {role, content} or {from, value}."""
+    return _dialogue(row, _spoken(row[column], "user"))
+
+
+def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
+    """A prompt and the answer to it, each a text or a message list."""
+    prompt, reply = row["prompt"], row[answer]
+    if isinstance(prompt, str) and isinstance(reply, str) and MARKER.match(prompt):
+        context, marker, opening = prompt.rpartition(ASSISTANT)
+        if marker and not opening.strip():  # the space after the marker is the marker's
+            reply = reply if opening else reply.removeprefix(" ")
+            return _dialogue(row, [*read_transcript(context), Message("assistant", reply)])
+    turns: list[Message] = []
+    for value, role in ((prompt, "user"), (reply, "assistant")):
+        spoken = _spoken(value, role)
+        if isinstance(spoken, str):
+            return spoken
+        turns += spoken
+    return _dialogue(row, turns)
+
+
+def from_instruction(row: RowDict, answer: str) -> Dialogue | str:
+    """Alpaca: an instruction, perhaps with an input below it, and the answer."""
+    parts = [row["instruction"], row.get("input") or "", row[answer]]
+    wrong = [type(part).__name__ for part in parts if not isinstance(part, str)]
+    if wrong:
+        return f"a column is {wrong[0]}, not text"
+    asked = "\n\n".join(part for part in parts[:2] if part.strip())
+    return _dialogue(row, [Message("user", asked), Message("assistant", parts[2])])
+
+
+def from_text(row: RowDict) -> Dialogue | str:
+    """Plain text, without speakers."""
+    if not isinstance(row["text"], str):
+        return f"'text' is {type(row['text']).__name__}, not text"
+    return Dialogue([], row["text"], _source(row))
+
+
+def from_text_transcript(row: RowDict) -> Dialogue | str:
+    """A Human/Assistant transcript in `text`."""
+    if not isinstance(row["text"], str):
+        return f"'text' is {type(row['text']).__name__}, not text"
+    return _dialogue(row, read_transcript(row["text"]) if ASSISTANT in row["text"] else [])
+
+
+def from_pair(pair: Pair | str) -> Dialogue | str:
+    """The conversation that was preferred."""
+    return pair if isinstance(pair, str) else Dialogue(pair.prompt + pair.chosen, None, pair.source)
+
+
+def _spoken(value: Any, role: str) -> list[Message] | str:
+    """`read_messages` of messages with either pair of keys."""
+    if isinstance(value, list):
+        value = [_role_and_content(message) for message in value]
+    return read_messages(value, role)
+
+
+def _role_and_content(message: Any) -> Any:
+    if not isinstance(message, Mapping) or "from" not in message or "role" in message:
+        return message
+    speaker = message["from"]
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": message.get("value")}
+
+
+def _dialogue(row: RowDict, turns: list[Message] | str) -> Dialogue | str:
+    if isinstance(turns, str):
+        return turns
+    system = row.get("system")
+    if isinstance(system, str) and system and not (turns and turns[0].role == "system"):
+        turns = [Message("system", system), *turns]
+    return Dialogue(turns, None, _source(row))
+
+
+def _source(row: RowDict) -> str | None:
+    return row["source"] if isinstance(row.get("source"), str) else None
+
+
+# --- the list of them -------------------------------------------------------------------------
+
+IMITATED = "the assistant turns of prompts and chosen responses are imitated"
+EVERY = "every assistant turn is imitated"
+
+
+def _messages_schema(column: str) -> Schema:
+    how = f"{column!r} holds message lists; {EVERY}"
+    return Schema(
+        column,
+        (column,),
+        how,
+        lambda row: isinstance(row.get(column), list),
+        lambda row: from_messages(row, column),
+    )
+
+
+def _prompt_schema(answer: str) -> Schema:
+    return Schema(
+        f"prompt and {answer}",
+        ("prompt", answer),
+        f"{answer!r} answers 'prompt'; {EVERY}, those of a prompt of several turns too",
+        lambda row: all(isinstance(row.get(key), str | list) for key in ("prompt", answer)),
+        lambda row: from_prompt(row, answer),
+    )
+
+
+def _instruction_schema(answer: str) -> Schema:
+    return Schema(
+        f"instruction and {answer}",
+        ("instruction", answer),
+        f"{answer!r} answers 'instruction', with 'input' below it where there is one",
+        lambda row: all(isinstance(row.get(key), str) for key in ("instruction", answer)),
+        lambda row: from_instruction(row, answer),
+    )
+
+
+def _preference_schema(pairs: Schema) -> Schema:
+    how = f"{IMITATED}: {pairs.how}"
+    convert = pairs.convert
+    return pairs._replace(
+        name=f"preference pairs, {pairs.name}", how=how, convert=lambda row: from_pair(convert(row))
+    )
+
+
+def _is_transcript(row: RowDict) -> bool:
+    text = row.get("text")
+    return isinstance(text, str) and bool(MARKER.match(text)) and ASSISTANT in text
+
+
+# The first that fits a row is the row's: a formatted `text` beside the columns it was made of, say.
+DIALOGUES: list[Schema] = [
+    *map(_messages_schema, ("messages", "conversations")),
+    *map(_prompt_schema, ("completion", "response")),
+    *map(_instruction_schema, ("output", "response")),
+    *map(_preference_schema, DETECTORS),
+    Schema(
+        "transcripts",
+        ("text",),
+        f"'text' is a Human/Assistant transcript; {EVERY}",
+        _is_transcript,
+        from_text_transcript,
+    ),
+    Schema(
+        "plain text",
+        ("text",),
+        "'text' is text without speakers; all of it is imitated",
+        lambda row: isinstance(row.get("text"), str) and not _is_transcript(row),
+        from_text,
+    ),
+]
