@@ -181,3 +181,36 @@ def preference_evaluation(
             metrics[f"rewards/accuracies/{name}"] = part["accuracy"]
             metrics[f"rewards/margins/{name}"] = part["margin_mean"]
     return Evaluation(metrics, whole, margins)
+
+
+def calibration(margins: np.ndarray, bins: int = 10) -> dict[str, Any]:
+    """Whether sigmoid(margin) is the probability of being right. Plain numbers, ready for JSON.
+
+    A pair is predicted to be ordered as its margin says with confidence sigmoid(|margin|), in
+    [0.5, 1]; in each bin of confidence the mean of that is compared with the share that was right.
+    A margin of 0 is a prediction of confidence 0.5 that is wrong. `ece` is the mean gap over the
+    pairs (Guo et al. 2017, arXiv 1706.04599, eq. 3), `brier` the mean of (confidence - right)^2,
+    `log_loss` that of -log sigmoid(margin), which 0.693 is for a coin.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    if margins.ndim != 1 or not margins.size or not np.isfinite(margins).all() or bins < 1:
+        raise ValueError(f"calibration needs finite margins [n >= 1], got {margins.shape}")
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    edges = np.linspace(0.5, 1, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    table, gap = [], 0.0
+    for i in range(bins):
+        inside = place == i
+        row: dict[str, Any] = {"low": float(edges[i]), "high": float(edges[i + 1])}
+        row |= {"n": int(inside.sum()), "confidence": None, "accuracy": None}
+        if inside.any():
+            row["confidence"] = float(confidence[inside].mean())
+            row["accuracy"] = float(right[inside].mean())
+            gap += row["n"] * abs(row["accuracy"] - row["confidence"])
+        table.append(row)
+    return {
+        "ece": float(gap / len(margins)),
+        "brier": float(((confidence - right) ** 2).mean()),
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "bins": table,
+    }
