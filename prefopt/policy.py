@@ -182,7 +182,8 @@ class Policy(nn.Module):
             # log sum p^2 = lse(2 z) - 2 lse(z), and at temperature 1/2 log p(y) = 2 z_y - lse(2 z)
             with torch.no_grad():
                 sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
-                return logps[:n], (2 * logps - sharp)[:n]
+                collision = 2 * logps - sharp
+            return logps[:n], collision[:n]
 
     def _scores(self, batch: Batch) -> Tensor:
         if batch.end_rows is None:
