@@ -103,7 +103,7 @@ def encode_pairs(
         counts["truncated"] += sum(len(a) < len(b) for a, b in zip(kept, responses, strict=True))
         inside = sum(tokenizer.eos_token_id in response[:-1] for response in kept)
         counts["responses with an EOS token inside"] += inside
-        about = {"margin": pair.margin, "source": pair.source}
+        about = {"weight": pair.weight, "margin": pair.margin, "source": pair.source}
         items.append(Encoded(prompt[:size].copy(), kept, index, **about))
     counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
     if not items:

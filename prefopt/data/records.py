@@ -19,7 +19,7 @@ class Pair:
 
     `prompt + chosen` and `prompt + rejected` are whole conversations. `margin` is how much better
     the chosen response is where the data says so, `source` where the row came from where the data
-    says so.
+    says so, `weight` what its loss is multiplied by.
     """
 
     prompt: list[Message]
@@ -27,6 +27,7 @@ class Pair:
     rejected: list[Message]
     margin: float | None = None
     source: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class Preferences(Spool[Pair]):
 
 
 def _pair(fields: list[Any]) -> Pair:
-    *turns, margin, source = fields
+    *turns, margin, source, weight = fields
     prompt, chosen, rejected = ([Message(*message) for message in side] for side in turns)
-    return Pair(prompt, chosen, rejected, margin, source)
+    return Pair(prompt, chosen, rejected, margin, source, weight)
 
 
 def load_preferences(
@@ -94,7 +94,8 @@ def _collect(pairs: Iterator[tuple[str, Pair | str]], report: DataReport) -> Pre
             report.drop("identical", where)
         else:
             try:
-                out.append([pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.source])
+                about = [pair.margin, pair.source, pair.weight]
+                out.append([pair.prompt, pair.chosen, pair.rejected, *about])
             except UnicodeEncodeError:
                 report.drop("text that is not valid Unicode (half a surrogate pair)", where)
                 continue
