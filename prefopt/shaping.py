@@ -73,8 +73,8 @@ def desensitised(
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     place = place - (lengths.cumsum(0) - lengths)[response_ids]
-    weight = torch.where(place < shared[response_ids], 1.0, alpha).to(logprobs.dtype)
-    return sequence_logprobs(logprobs * weight, response_ids, num_responses)
+    counted = torch.where(place < shared[response_ids], logprobs, alpha * logprobs)
+    return sequence_logprobs(counted, response_ids, num_responses)
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def test_sums_are_read(text, terms):
     [
         ("", ""), ("dpo +", ""), ("+ dpo", "+ dpo"), ("dpo - sft", "dpo - sft"), ("0.5", "0.5"),
         ("dpo*0.5", "dpo*0.5"), ("dpo + 0.5 sft", " 0.5 sft"), ("0.5*", "0.5*"), ("a:b:c", "a:b:c"),
-        ("nan*dpo", "nan*dpo"), ("dpo sft", "dpo sft"), ("dpo ++ sft", "+ sft"), ("-1*dpo", "-1*dpo"),
+        ("nan*dpo", "nan*dpo"), ("dpo sft", "dpo sft"), ("dpo ++ sft", "+ sft"), ("-dpo", "-dpo"),
     ],
 )  # fmt: skip
 def test_what_is_no_sum(text, rest):
