@@ -35,7 +35,7 @@ SPEAKERS = {
 
 def from_messages(row: RowDict, column: str) -> Dialogue | str:
     """A list of {role, content} or {from, value}."""
-    return _dialogue(row, _spoken(row[column], "user"))
+    return _dialogue(row, read_spoken(row[column], "user"))
 
 
 def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
@@ -48,7 +48,7 @@ def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
             return _dialogue(row, [*read_transcript(context), Message("assistant", reply)])
     turns: list[Message] = []
     for value, role in ((prompt, "user"), (reply, "assistant")):
-        spoken = _spoken(value, role)
+        spoken = read_spoken(value, role)
         if isinstance(spoken, str):
             return spoken
         turns += spoken
@@ -84,7 +84,7 @@ def from_pair(pair: Pair | str) -> Dialogue | str:
     return pair if isinstance(pair, str) else Dialogue(pair.prompt + pair.chosen, None, pair.source)
 
 
-def _spoken(value: Any, role: str) -> list[Message] | str:
+def read_spoken(value: Any, role: str) -> list[Message] | str:
     """`read_messages` of messages with either pair of keys."""
     if isinstance(value, list):
         value = [_role_and_content(message) for message in value]
