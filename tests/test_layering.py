@@ -27,8 +27,11 @@ LAYERS = (
         *("rollout", "checkpoint", "saving"),
     ),
     ("step",),
-    ("objectives", "evaluate", "flops"),
-    ("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
+    ("objectives", "evaluate", "flops", "rewards"),
+    (
+        *("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
+        *("rounds", "round_files", "sampling"),
+    ),
     ("demo",),
     ("commands", "cache_commands", "train_commands", "weight_commands"),
     ("cli", "usage"),

@@ -12,7 +12,6 @@ from typing import Any
 
 from prefopt.data.dialogue_schemas import DIALOGUES, read_spoken
 from prefopt.data.files import open_rows
-from prefopt.data.readers import Row
 from prefopt.data.records import DataReport, Message
 from prefopt.data.schemas import ASSISTANT, DETECTORS, MARKER, RowDict, Schema, read_transcript
 from prefopt.data.sources import (
@@ -164,12 +163,19 @@ def _with_system(row: RowDict, prompt: Prompt | str) -> Prompt | str:
     return prompt if prompt and prompt[0].role == "system" else [Message("system", system), *prompt]
 
 
-def _usable(prompt: Prompt) -> str | None:
-    """Why a prompt cannot be answered, or None."""
+def _obstacle(prompt: Prompt, seen: set[bytes]) -> str | None:
+    """Why a prompt is not to be answered, or None; then it is one of the ``seen`` from now on."""
     if not any(turn.content.strip() for turn in prompt if turn.role != "system"):
         return "the prompt is empty"
     if prompt[-1].role == "assistant":
         return "the prompt ends with an assistant turn"
+    try:
+        digest = blake2b(json.dumps(prompt, ensure_ascii=False).encode()).digest()
+    except UnicodeEncodeError:
+        return "text that is not valid Unicode (half a surrogate pair)"
+    if digest in seen:
+        return "the same prompt as an earlier one"
+    seen.add(digest)
     return None
 
 
@@ -225,20 +231,12 @@ def _collect(prompts: Iterable[tuple[str, Any]], report: DataReport) -> Prompts:
     out, seen = Prompts(report), set()
     for where, prompt in prompts:
         report.rows += 1
-        reason = prompt if isinstance(prompt, str) else _usable(prompt)
+        reason = prompt if isinstance(prompt, str) else _obstacle(prompt, seen)
         if reason is None:
-            try:
-                digest = blake2b(json.dumps(prompt, ensure_ascii=False).encode()).digest()
-            except UnicodeEncodeError:
-                reason = "text that is not valid Unicode (half a surrogate pair)"
-            else:
-                reason = "the same prompt as an earlier one" if digest in seen else None
-                seen.add(digest)
-        if reason is not None:
+            out.append(prompt)
+            report.kept += 1
+        else:
             report.drop(reason, where)
-            continue
-        out.append(prompt)
-        report.kept += 1
     if not report.rows:
         raise InputError(f"{report.source!r} is empty: it holds no prompt.")
     if report.kept == 0:
