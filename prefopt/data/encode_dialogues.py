@@ -93,11 +93,11 @@ def encode_dialogues(
             counts["dropped: no token to score"] += 1
             continue
         prompt_lengths.append(int(at[0]))
-        counts["truncated"] += len(tokens) > max_length
         at = at[at < max_length]
         if not len(at):
             counts["dropped: prompt fills max_length"] += 1
             continue
+        counts["truncated"] += len(tokens) > max_length
         response = slice(at[0], at[-1] + 1)
         items.append(
             Encoded(
