@@ -233,7 +233,7 @@ def _collect(prompts: Iterable[tuple[str, Any]], report: DataReport) -> Prompts:
         report.rows += 1
         reason = prompt if isinstance(prompt, str) else _obstacle(prompt, seen)
         if reason is None:
-            out.append(prompt)
+            out.append(list(prompt))
             report.kept += 1
         else:
             report.drop(reason, where)
