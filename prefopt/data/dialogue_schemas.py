@@ -35,6 +35,8 @@ SPEAKERS = {
 
 def from_messages(row: RowDict, column: str) -> Dialogue | str:
     """A list of {role, content} or {from, value}."""
+    if isinstance(row[column], str):
+        return "a conversation is str, not a list of messages"
     return _dialogue(row, read_spoken(row[column], "user"))
 
 
