@@ -91,6 +91,10 @@ class DPO:
         if r != 2 * batch.num_groups:
             raise InputError(f"{r} responses to {batch.num_groups} prompts are not pairs")
         weights = torch.ones(r // 2, device=ids.device)
+        if batch.weights is not None and self.whole_batch:
+            raise InputError(
+                f"loss {self.name!r} sorts pairs over the batch, so they have no weights"
+            )
         if batch.weights is not None:
             weights = batch.weights[::2]
         if self.wpo:
