@@ -42,8 +42,9 @@ class Plan:
 
 def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: TrainConfig) -> Plan:
     """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
-    longest, unit = min(config.max_length, context_length(policy)), objective.unit
+    longest = min(config.max_length, context_length(policy))
     encoded = objective.encode(data, policy.tokenizer, max_length=longest, template=config.template)
+    unit = objective.unit  # which may depend on the records
     at = {item.index: i for i, item in enumerate(encoded)}
     train, held_out = split_pairs(data, config.eval_fraction)
     train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
