@@ -247,7 +247,7 @@ def test_an_adapter_of_peft_loads_with_the_same_scores(base, tmp_path):
 def test_the_head_trains_under_lora_and_after_it_was_loaded(base, tmp_path):
     """Elsewhere it is frozen without a task type, and random after loading."""
     policy = load(base, head="score", lora=LORA)
-    assert policy.lora_report.saved == ["score"]
+    assert policy.lora_report is not None and policy.lora_report.saved == ["score"]
     for name in ("first", "second"):
         assert isinstance(policy.model.score, SavedModule)
         (head,) = [p for n, p in policy.trainable() if "score" in n]
@@ -282,6 +282,7 @@ def test_a_4_bit_reward_model_keeps_its_head_dense_and_is_read_again(base, tmp_p
     load(base, head="score").save_pretrained(tmp_path / "dense")
     policy = load(tmp_path / "dense", quantize="nf4")
     assert type(policy.model.score).__name__ in ("Linear", "CpuLinear")
+    assert policy.quant_report is not None
     assert policy.quant_report.skipped["score"] == "the head of a reward model"
     policy.save_pretrained(tmp_path / "packed")
     assert torch.equal(scored(load(tmp_path / "packed")), scored(policy))
