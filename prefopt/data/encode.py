@@ -13,14 +13,14 @@ The rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Feedback, Message, Pair
 from prefopt.data.template import choose_template, render_conversation, render_prompt
 from prefopt.errors import InputError
 
@@ -72,6 +72,18 @@ class EncodedSet(Sequence[Encoded]):
         return self._items[index]
 
 
+class Group(NamedTuple):
+    """One record to encode: a prompt, its responses, and the fields of Encoded it decides."""
+
+    prompt: list[Message]
+    responses: Sequence[list[Message]]
+    about: dict[str, Any]
+
+
+# (responses in tokens, room for each) -> the responses that stay, cut, or why the group is dropped
+Fit = Callable[[list[np.ndarray], int], tuple[np.ndarray, ...] | str]
+
+
 def encode_pairs(
     pairs: Iterable[Pair], tokenizer: Any, *, max_length: int = 1024, template: str = "auto"
 ) -> EncodedSet:
@@ -82,12 +94,38 @@ def encode_pairs(
     truncation), conversations the chat template refuses. Raises InputError for a tokenizer without
     EOS and when every pair is dropped.
     """
+    groups = (
+        Group(
+            p.prompt,
+            (p.chosen, p.rejected),
+            {"weight": p.weight, "margin": p.margin, "source": p.source},
+        )
+        for p in pairs
+    )
+    return encode_groups(groups, tokenizer, _fit_pair, max_length, template, "pair")
+
+
+def encode_feedback(
+    feedback: Iterable[Feedback], tokenizer: Any, *, max_length: int = 1024, template: str = "auto"
+) -> EncodedSet:
+    """Encode each as a prompt with one labelled response, by the rules of `encode_pairs`."""
+    groups = (
+        Group(f.prompt, (f.response,), {"labels": (int(f.desirable),), "source": f.source})
+        for f in feedback
+    )
+    return encode_groups(groups, tokenizer, cut, max_length, template, "response")
+
+
+def encode_groups(
+    groups: Iterable[Group], tokenizer: Any, fit: Fit, max_length: int, template: str, unit: str
+) -> EncodedSet:
+    """Encode prompts with any number of responses; `unit` is what a group is called in errors."""
     check_limits(tokenizer, max_length)
     chosen_template = choose_template(tokenizer, template)
     counts: Counter[str] = Counter(truncated=0)
     items: list[Encoded] = []
     prompt_lengths: list[int] = []
-    for index, pair, tokens in _tokenized(pairs, tokenizer, chosen_template.name):
+    for index, about, tokens in _tokenized(groups, tokenizer, chosen_template.name):
         if isinstance(tokens, str):
             counts[f"dropped: {tokens}"] += 1
             continue
@@ -96,18 +134,17 @@ def encode_pairs(
         counts["prompt not a prefix of its conversation, in tokens"] += size < len(prompt)
         prompt_lengths.append(size)
         responses = [ended(whole[size:], tokenizer) for whole in wholes]
-        kept = _fit(responses, max_length - size) if size else "empty prompt"
+        kept = fit(responses, max_length - size) if size else "empty prompt"
         if isinstance(kept, str):
             counts[f"dropped: {kept}"] += 1
             continue
-        counts["truncated"] += sum(len(a) < len(b) for a, b in zip(kept, responses, strict=True))
+        counts["truncated"] += sum(len(r) > max_length - size for r in responses)
         inside = sum(tokenizer.eos_token_id in response[:-1] for response in kept)
         counts["responses with an EOS token inside"] += inside
-        about = {"weight": pair.weight, "margin": pair.margin, "source": pair.source}
         items.append(Encoded(prompt[:size].copy(), kept, index, **about))
     counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
     if not items:
-        raise InputError(nothing_left(counts, prompt_lengths, max_length))
+        raise InputError(nothing_left(counts, prompt_lengths, max_length, unit))
     return EncodedSet(items, dict(counts), str(chosen_template))
 
 
@@ -156,25 +193,25 @@ def check_limits(tokenizer: Any, max_length: int) -> None:
 
 
 def _tokenized(
-    pairs: Iterable[Pair], tokenizer: Any, template: str
-) -> Iterator[tuple[int, Pair, list[np.ndarray] | str]]:
-    """(index, pair, [prompt, whole chosen, whole rejected] or why it cannot be rendered)."""
-    numbered = enumerate(pairs)
+    groups: Iterable[Group], tokenizer: Any, template: str
+) -> Iterator[tuple[int, dict[str, Any], list[np.ndarray] | str]]:
+    """(index, what it decides, [prompt, whole of each response] or why it cannot be rendered)."""
+    numbered = enumerate(groups)
     while batch := list(islice(numbered, BATCH)):
         texts: list[str] = []
         refused: dict[int, str] = {}
-        for index, pair in batch:
+        for index, (prompt, responses, _) in batch:
             try:
                 texts += [
-                    render_prompt(pair.prompt, tokenizer, template),
-                    render_conversation(pair.prompt, pair.chosen, tokenizer, template),
-                    render_conversation(pair.prompt, pair.rejected, tokenizer, template),
+                    render_prompt(prompt, tokenizer, template),
+                    *(render_conversation(prompt, r, tokenizer, template) for r in responses),
                 ]
             except InputError as error:
                 refused[index] = str(error)
         ids = iter(tokenize(texts, tokenizer, template))
-        for index, pair in batch:
-            yield index, pair, refused.get(index) or [next(ids) for _ in range(3)]
+        for index, (_, responses, about) in batch:
+            size = 1 + len(responses)
+            yield index, about, refused.get(index) or [next(ids) for _ in range(size)]
 
 
 def tokenize(texts: list[str], tokenizer: Any, template: str) -> list[np.ndarray]:
@@ -231,15 +268,22 @@ def ended(response: np.ndarray, tokenizer: Any) -> np.ndarray:
     return np.append(response, np.int32(tokenizer.eos_token_id))
 
 
-def _fit(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
-    """The responses cut to `room` tokens, or why the pair is of no use."""
+def cut(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
+    """The responses cut to `room` tokens, or why there are none."""
+    if room <= 0:
+        return "prompt fills max_length"
+    return tuple(response[:room].copy() for response in responses)
+
+
+def _fit_pair(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
+    """A pair that still differs."""
     chosen, rejected = responses
     if np.array_equal(chosen, rejected):
         return "identical in tokens"
-    if room <= 0:
-        return "prompt fills max_length"
-    cut = (chosen[:room].copy(), rejected[:room].copy())
-    return "identical after truncation" if np.array_equal(*cut) else cut
+    kept = cut(responses, room)
+    if not isinstance(kept, str) and np.array_equal(kept[0], kept[1]):
+        return "identical after truncation"
+    return kept
 
 
 def nothing_left(
