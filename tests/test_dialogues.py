@@ -314,11 +314,12 @@ def test_records_of_the_caller_are_checked():
 
 
 def test_pairs_are_imitated():
-    pair = Pair([Message("user", "q")], [Message("assistant", "a")], [Message("assistant", "b")])
-    pairs = load_preferences([pair])
-    for source in ([pair], pairs):
+    sides = [Message("assistant", "a")], [Message("assistant", "b")]
+    pair = Pair([Message("user", "q")], *sides, source="here", weight=2.5)
+    for source in ([pair], load_preferences([pair])):
         dialogues = load_dialogues(source)
-        assert list(dialogues) == [QA] and "chosen" in dialogues.report.reason
+        assert list(dialogues) == [Dialogue(QA.turns, None, "here", 2.5)]
+        assert "chosen" in dialogues.report.reason
 
 
 def test_hh_rlhf(hh_path):

@@ -83,7 +83,9 @@ def from_text_transcript(row: RowDict) -> Dialogue | str:
 
 def from_pair(pair: Pair | str) -> Dialogue | str:
     """The conversation that was preferred."""
-    return pair if isinstance(pair, str) else Dialogue(pair.prompt + pair.chosen, None, pair.source)
+    if isinstance(pair, str):
+        return pair
+    return Dialogue(pair.prompt + pair.chosen, None, pair.source, pair.weight)
 
 
 def read_spoken(value: Any, role: str) -> list[Message] | str:

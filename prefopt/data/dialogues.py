@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -34,8 +35,8 @@ class Dialogues(Spool[Dialogue]):
 
 
 def _decode(fields: list[Any]) -> Dialogue:
-    turns, text, source = fields
-    return Dialogue([Message(*turn) for turn in turns], text, source)
+    turns, *rest = fields
+    return Dialogue([Message(*turn) for turn in turns], *rest)
 
 
 def load_dialogues(
@@ -162,7 +163,7 @@ def _usable(dialogue: Dialogue) -> tuple[Dialogue | str, int]:
         return ("nothing comes before the assistant's turn" if first else "no assistant turn"), 0
     if not all(turn.content.strip() for turn in answers):
         return "an assistant turn is empty", 0
-    return (Dialogue(turns[first:], None, dialogue.source) if first else dialogue), first
+    return replace(dialogue, turns=turns[first:]), first
 
 
 def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialogues:
@@ -176,7 +177,7 @@ def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialog
             report.drop(usable, where)
             continue
         try:
-            out.append([usable.turns, usable.text, usable.source])
+            out.append([usable.turns, usable.text, usable.source, usable.weight])
         except UnicodeEncodeError:
             report.drop("text that is not valid Unicode (half a surrogate pair)", where)
             continue

@@ -104,6 +104,7 @@ def encode_dialogues(
                 tokens[: at[0]].copy(),
                 (tokens[response].copy(),),
                 index,
+                dialogue.weight,
                 source=dialogue.source,
                 scored=None if scored[response].all() else scored[response].copy(),
             )

@@ -32,11 +32,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What to imitate: a conversation, or in `text` plain text without speakers (then no turns)."""
+    """What to imitate: a conversation, or in `text` plain text without speakers (then no turns).
+
+    `source` and `weight` as of a `Pair`.
+    """
 
     turns: list[Message]
     text: str | None = None
     source: str | None = None
+    weight: float = 1.0
 
     @property
     def prompt(self) -> list[Message]:
