@@ -1,7 +1,8 @@
 """`prefopt merge`: an adapter into a folder of plain weights, compared with what was trained.
 
 The merged model is checked before it is written. On the same pairs, over the whole vocabulary,
-KL(trained || merged) says what merging cost and KL(trained || base) how much there was to keep.
+KL(trained || merged) says what merging cost and KL(trained || base) how much there was to keep. Of
+a reward model the scores are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ NOISE = 1e-6  # nats a token; what two ways to round the same model may differ b
 
 class Reading(NamedTuple):
     """One model on the pairs: logits [n, V] float32 at the last tokens of some of the texts, and
-    log p(chosen) - log p(rejected) of each pair, [B]."""
+    log p(chosen) - log p(rejected) of each pair, [B]. Of a reward model the scores of all responses
+    [2B], and chosen minus rejected."""
 
     logits: Tensor
     preference: Tensor
@@ -57,6 +59,15 @@ class Verdict:
         near = self.kl_merged <= self.kl_base / 4 and self.agreement >= 0.9
         return near or self.kl_merged <= NOISE
 
+    @property
+    def loss(self) -> str:
+        """For a message."""
+        return (
+            f"KL to the trained model {self.kl_merged:.2e} nats a token, the untrained base has "
+            f"{self.kl_base:.2e}, and the same preference in {self.agreement:.0%} of {self.pairs} "
+            "pairs"
+        )
+
     def lines(self) -> list[str]:
         """For the terminal."""
         return [
@@ -69,6 +80,44 @@ class Verdict:
         ]
 
 
+@dataclass(frozen=True)
+class ScoreVerdict:
+    """The merged reward model against the trained one. `moved`: root mean square of what merging
+    did to the scores of the pairs; `spread`: standard deviation of the trained model's."""
+
+    pairs: int
+    moved: float
+    spread: float
+    max_score_difference: float
+    accuracy_trained: float
+    accuracy_merged: float
+    agreement: float
+
+    @property
+    def kept(self) -> bool:
+        """By a rule of thumb: scores moved by less than a tenth of what they differ by, and the
+        same order in nine of ten pairs."""
+        near = self.moved <= self.spread / 10 and self.agreement >= 0.9
+        return near or self.max_score_difference <= 10 * NOISE
+
+    @property
+    def loss(self) -> str:
+        """For a message."""
+        return (
+            f"scores moved by {self.moved:.2g}, where they spread by {self.spread:.2g}, and "
+            f"the same preference in {self.agreement:.0%} of {self.pairs} pairs"
+        )
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        return [
+            f"scores moved by {self.moved:.2g} (root mean square; at most "
+            f"{self.max_score_difference:.2g}), where they spread by {self.spread:.2g}",
+            f"accuracy: trained {self.accuracy_trained:.1%}, merged {self.accuracy_merged:.1%}; "
+            f"the same preference in {self.agreement:.1%} of {self.pairs} pairs",
+        ]
+
+
 def merge_policy(
     policy: Policy,
     encoded: Sequence[Encoded],
@@ -77,13 +126,13 @@ def merge_policy(
     requantize: bool = False,
     original: Policy | None = None,
     force: bool = False,
-) -> tuple[merge.MergeReport, Verdict]:
+) -> tuple[merge.MergeReport, Verdict | ScoreVerdict]:
     """Merges the adapter of `policy`, compares, and writes the folder `out`.
 
     Into the weights it was trained on, dequantised if they are 4-bit, or, with `requantize`, into 4
     bits again; or into those of `original`, the same adapter on another base. Afterwards `policy`
     is used up. InputError, and nothing is written, when the merged model is not the trained one any
-    more (Verdict.kept), unless `force`.
+    more (the verdict's `kept`), unless `force`.
     """
     if policy.adapter is None:
         raise InputError(f"{policy.base} has no adapter to merge; give an adapter or run folder")
@@ -96,16 +145,18 @@ def merge_policy(
     report = merge.merge_lora(policy.model, ADAPTER, requantize=requantize, keep=False)
     unload_lora(policy.model)
     policy.adapter = None
-    verdict = compare(trained, base, read(policy, encoded))
+    merged = read(policy, encoded)
+    if policy.is_reward_model:
+        verdict = compare_scores(trained, merged)
+    else:
+        verdict = compare(trained, base, merged)
     if not (verdict.kept or force):
         elsewhere, wide = original is not None or requantize, policy.dtype.itemsize >= 4
         advice = "keep the adapter as it is" if wide else "merge in --dtype float32"
         if elsewhere:
             advice = "merge into the weights it was trained on with --into dequantized"
         raise InputError(
-            f"merging lost much of the training, so nothing was written: KL to the trained model "
-            f"{verdict.kl_merged:.2e} nats a token, the untrained base has {verdict.kl_base:.2e}, "
-            f"and the same preference in {verdict.agreement:.0%} of {verdict.pairs} pairs; "
+            f"merging lost much of the training, so nothing was written: {verdict.loss}; "
             f"{advice}, or write it all the same with --force"
         )
     policy.save_pretrained(out)
@@ -120,6 +171,13 @@ def read(policy: Policy, encoded: Sequence[Encoded]) -> Reading:
     training = policy.training
     policy.eval()
     try:
+        if policy.is_reward_model:
+            scores = [
+                policy(batch.to(policy.device)).cpu()
+                for batch in pack(encoded, max_tokens=4096, layout=policy.layout, ends=True)
+            ]
+            scores = torch.cat(scores)
+            return Reading(scores, scores[::2] - scores[1::2])
         logits = torch.cat([_last_logits(policy, item) for item in encoded[:TEXTS]])
         sums = []
         for batch in pack(encoded, max_tokens=4096, layout=policy.layout):
@@ -154,6 +212,21 @@ def compare(trained: Reading, base: Reading, merged: Reading) -> Verdict:
         kl_merged=kl(merged),
         kl_base=kl(base),
         max_logit_difference=(merged.logits - trained.logits).abs().max().item(),
+        accuracy_trained=right[0].mean().item(),
+        accuracy_merged=right[1].mean().item(),
+        agreement=(right[0] == right[1]).float().mean().item(),
+    )
+
+
+def compare_scores(trained: Reading, merged: Reading) -> ScoreVerdict:
+    """The readings of two reward models on the same pairs."""
+    difference = (merged.logits - trained.logits).double()
+    right = [(x.preference > 0).float() for x in (trained, merged)]
+    return ScoreVerdict(
+        pairs=len(trained.preference),
+        moved=difference.square().mean().sqrt().item(),
+        spread=trained.logits.double().std(correction=0).item(),
+        max_score_difference=difference.abs().max().item(),
         accuracy_trained=right[0].mean().item(),
         accuracy_merged=right[1].mean().item(),
         agreement=(right[0] == right[1]).float().mean().item(),

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefopt import InputError, LoraConfig, Policy, pack
 from prefopt.data.encode import Encoded
+from prefopt.export import ScoreVerdict, merge_policy
 from prefopt.nn.heads import ScoreStats, scores
 from prefopt.nn.saved_module import SavedModule
 
@@ -453,3 +454,39 @@ def test_statistics_are_those_of_numpy_and_survive_their_file(tmp_path):
     assert abs(normal.mean().item()) < 1e-6 and normal.std(correction=0).item() == pytest.approx(1)
     with pytest.raises(InputError):
         ScoreStats.of(torch.empty(0))
+
+
+# --- merged ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"quantize": "nf4"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_merged_reward_adapter_is_a_folder_for_transformers_with_its_statistics(
+    base, tmp_path, how
+):
+    policy = move(load(base, head="score", lora=LORA, **how))
+    policy.score_stats = ScoreStats(0.5, 2.0, 7)
+    policy.save_pretrained(tmp_path / "a")
+    items, want = groups()[:2], scored(policy, groups()[:2])
+    _, verdict = merge_policy(policy, items, tmp_path / "m")
+    assert isinstance(verdict, ScoreVerdict) and verdict.kept and verdict.pairs == 2
+    merged = load(tmp_path / "m", dtype=how.get("dtype", "auto"))
+    assert merged.is_reward_model and merged.adapter is None
+    assert merged.score_stats == ScoreStats(0.5, 2.0, 7)
+    bound = 1e-4 if how.get("dtype") is None else 0.3
+    assert (scored(merged, items) - want).abs().max() < bound
+    again = load(tmp_path / "a", dtype=how.get("dtype", "auto"))
+    assert torch.equal(merged.model.score.weight, again.model.score.copies["default"].weight)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    got = by_transformers(model, tokenizer, "right", items).float()
+    assert (got - scored(merged, items)).abs().max() < max(bound, 1e-4)
+    told = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert told["agreement"] == verdict.agreement and len(verdict.lines()) == 2
+
+
+def test_a_merge_that_loses_the_scores_writes_nothing(base, tmp_path):
+    trained = move(load(base, head="score", lora=LORA))
+    other = load(base, seed=4, head="score", lora=LORA)  # another adapter in its place
+    with pytest.raises(InputError, match=r"scores moved by .*spread by"):
+        merge_policy(trained, groups()[:2], tmp_path / "m", original=other)
+    assert not (tmp_path / "m").exists()
