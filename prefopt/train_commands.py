@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float
     from prefopt.objectives.reward import Reward
 
     settings = {"margin": margin, "center": center}
-    return _run(Reward(margin, center), config, setup, ranked, settings, head="score")
+    return _run(Reward(margin, center), config, setup, pairs_or_rankings, settings, head="score")
 
 
 def dpo(
@@ -143,7 +144,8 @@ def dpo(
         return _iterate(objective, config, setup, sampling, settings)
     if sampling.reward is not None:
         raise InputError("--reward ranks sampled answers; say in how many rounds with --rounds")
-    return _run(objective, config, setup, load_preferences, settings)
+    load = pairs_or_feedback if loss == "kto" else load_preferences
+    return _run(objective, config, setup, load, settings)
 
 
 def _kto_options(beta: float | None, options: dict, shaping: dict) -> dict[str, Any]:
@@ -212,27 +214,45 @@ def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
     from prefopt.data.mixing import mix
     from prefopt.data.sources import load_preferences
 
-    if load is not load_preferences:
+    if load not in (load_preferences, pairs_or_rankings, pairs_or_feedback):
         raise InputError("--data is one source here; only preference pairs can be mixed")
     parts = {
-        name: records(load, path, setup.split, setup.columns, quiet=setup.quiet)
+        name: records(load_preferences, path, setup.split, setup.columns, quiet=setup.quiet)
         for name, path in setup.data.items()
     }
     return mix(parts, setup.data_weights)
 
 
-def ranked(source: Any, **options: Any) -> Any:
-    """Preference pairs, with their margins, or else rankings."""
-    from prefopt.data.rankings import load_rankings
-    from prefopt.data.sources import load_preferences
+def pairs_or_rankings(source: Any, **options: Any) -> Any:
+    """For reward models; pairs keep their margins."""
+    from prefopt.data.rankings import RESPONSES, load_rankings
 
-    try:
-        return load_preferences(source, **options)
-    except InputError as no_pairs:
-        try:
-            return load_rankings(source, **options)
-        except InputError:
-            raise no_pairs from None
+    return _pairs_or(load_rankings, set(RESPONSES), source, options)
+
+
+def pairs_or_feedback(source: Any, **options: Any) -> Any:
+    """For KTO."""
+    from prefopt.data.feedback import load_feedback
+
+    return _pairs_or(load_feedback, {"label"}, source, options)
+
+
+def _pairs_or(
+    load: Callable[..., Any], marks: set[str], source: Any, options: dict[str, Any]
+) -> Any:
+    """Pairs, but for rows that have one of the columns ``marks`` and nothing chosen."""
+    from prefopt.data.files import open_rows
+    from prefopt.data.schemas import RANKED_COLUMNS
+    from prefopt.data.sources import SAMPLE, load_preferences
+
+    _, rows = open_rows(source, options.get("split"))
+    names = {*(key for _, row in islice(rows, SAMPLE) for key in row), *(options["columns"] or {})}
+    pairs = any(set(two) <= names for two in RANKED_COLUMNS)
+    return (
+        load_preferences(source, **options)
+        if pairs or not marks & names
+        else load(source, **options)
+    )
 
 
 def _iterate(

@@ -179,7 +179,7 @@ def _read(rows: Iterator[Row], found: dict[str, str]) -> Iterator[tuple[str, _Ra
 def _of_row(row: RowDict) -> _Ranked | str:
     if not isinstance(row["responses"], list):
         return f"the responses are {type(row['responses']).__name__}, not a list"
-    opened = _prompt(row["prompt"], row.get("system"))
+    opened = read_prompt(row["prompt"], row.get("system"))
     if isinstance(opened, str):
         return opened
     prompt, reply = opened
@@ -189,7 +189,7 @@ def _of_row(row: RowDict) -> _Ranked | str:
         return values
     rated: list[tuple[float, list[Message]]] = []
     for value, response in zip(values, row["responses"], strict=True):
-        turns = _response(response, reply)
+        turns = read_response(response, reply)
         if isinstance(turns, str):
             return turns
         rated.append((value, turns))
@@ -239,7 +239,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _prompt(value: Any, system: Any) -> tuple[list[Message], Callable[[str], list[Message]]] | str:
+def read_prompt(
+    value: Any, system: Any
+) -> tuple[list[Message], Callable[[str], list[Message]]] | str:
     """(the turns of the prompt, what makes turns of a reply to it), or why it is none."""
 
     def whole(text: str) -> list[Message]:
@@ -266,7 +268,7 @@ def _prompt(value: Any, system: Any) -> tuple[list[Message], Callable[[str], lis
     return turns, reply
 
 
-def _response(value: Any, reply: Callable[[str], list[Message]]) -> list[Message] | str:
+def read_response(value: Any, reply: Callable[[str], list[Message]]) -> list[Message] | str:
     """The turns of one response: a text, messages, or an object with either."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in TEXT_KEYS if value.get(key) is not None), None)

@@ -23,9 +23,11 @@ from prefopt.data.encode import (
     UNDESIRABLE,
     Encoded,
     EncodedSet,
+    encode_feedback,
     encode_pairs,
 )
 from prefopt.data.packing import Batch
+from prefopt.data.records import Feedback
 from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
 from prefopt.losses import kto
@@ -39,6 +41,18 @@ class Responses(NamedTuple):
     labels: Tensor
     lengths: Tensor
     logps: Tensor
+
+
+def next_prompts(encoded: Sequence[Encoded]) -> list[Encoded]:
+    """Of each group the next one, around the end, that has another prompt."""
+    n, following = len(encoded), list(encoded)
+    prompts = [item.prompt.tobytes() for item in encoded]
+    if len(set(prompts)) < 2:
+        raise InputError("KTO needs responses to two prompts at least, for its baseline")
+    for i in reversed(range(2 * n)):  # twice around: the last groups look at the first
+        here, after = i % n, (i + 1) % n
+        following[here] = encoded[after] if prompts[here] != prompts[after] else following[after]
+    return following
 
 
 class KTO:
@@ -68,12 +82,14 @@ class KTO:
         self.desirable_share = 0.5  # of the responses; encode() counts it
 
     def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
-        """Each group gets the first response of the next one as its BASELINE, cut to fit."""
-        encoded = encode_pairs(data, tokenizer, max_length=max_length, template=template)
-        if len(encoded) < 2:
-            raise InputError("KTO needs responses to two prompts at least, for its baseline")
+        """Each group gets the first response to the next other prompt as its BASELINE, cut to fit.
+
+        InputError where there is only one prompt.
+        """
+        encode = encode_feedback if isinstance(data[0], Feedback) else encode_pairs
+        encoded = encode(data, tokenizer, max_length=max_length, template=template)
         items = []
-        for item, other in zip(encoded, [*encoded[1:], encoded[0]], strict=True):
+        for item, other in zip(encoded, next_prompts(encoded), strict=True):
             room = max_length - len(item.prompt)
             responses = (*item.responses, other.responses[0][:room].copy())
             labels = (*(item.labels or (DESIRABLE, UNDESIRABLE)), BASELINE)
