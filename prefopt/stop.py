@@ -31,6 +31,9 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        outer = getattr(self._previous.get(number), "__self__", None)
+        if isinstance(outer, StopSignal):  # what goes on when this one is done has to stop too
+            outer.asked = True
         if self.at_once:
             raise Stopped
 

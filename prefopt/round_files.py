@@ -1,0 +1,198 @@
+"""What rounds leave behind: rounds.json, the pairs of a round with their lineage, the table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.data.pairing import pair_up
+from prefopt.data.records import Message
+from prefopt.durable import write_json
+from prefopt.errors import InputError
+from prefopt.sampling import Answers
+
+FILE = "rounds.json"
+GRAM = 4  # words of a repeated piece of text
+
+
+class RoundsFile:
+    """rounds.json: {"settings": what the rounds were started with, "rounds": a row per round}; the
+    row of round 0 is about the model before the first one."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], *, resuming: bool):
+        self.path = out / FILE
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.rows: list[dict[str, Any]] = []
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file; name a folder")
+        if not self.path.is_file():
+            if any((out / name).exists() for name in ("config.yaml", "model")):
+                raise InputError(f"--out {out} holds a run without rounds; name another folder")
+            return
+        if not resuming:
+            raise InputError(
+                f"--out {out} already holds rounds; continue them with --resume auto, or name "
+                "another folder"
+            )
+        try:
+            known = json.loads(self.path.read_text())
+            began, self.rows = known["settings"], list(known["rounds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path} is damaged ({error!r}); name another folder") from None
+        self._check_same(began)
+
+    def _check_same(self, began: Mapping[str, Any]) -> None:
+        for key in began.keys() | self.settings.keys():
+            old, new = began.get(key), self.settings.get(key)
+            if isinstance(old, dict) and isinstance(new, dict):
+                different = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k)]
+                key, old, new = (
+                    (f"{key}.{min(different)}", old.get(min(different)), new.get(min(different)))
+                    if different
+                    else (key, None, None)
+                )
+            if old != new:
+                raise InputError(
+                    f"{self.path} was started with {key} = {old!r} and this call has {new!r}; "
+                    "continue with the same settings, or name another folder"
+                )
+
+    def add(self, row: dict[str, Any] | None = None) -> None:
+        """Write the file anew, with one row more."""
+        self.rows += [row] if row else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"settings": self.settings, "rounds": self.rows})
+
+
+def figures(answers: Sequence[Answers]) -> dict[str, Any]:
+    """Of the responses to P prompts: mean and standard error of every reward, and signs of drift.
+
+    Standard errors are over prompts, whose responses are not independent (None for one prompt).
+    ``tokens``: mean length. ``ended``: share that ended by itself. ``repeated``: share of word
+    4-grams that the same response had before. ``distinct``: share of different texts among the
+    responses to a prompt, on average. {} of no responses.
+    """
+    if not answers:
+        return {}
+    texts = [text for answer in answers for text in answer.responses]
+    return {
+        "prompts": len(answers),
+        "responses": len(texts),
+        "rewards": {name: _mean(answers, name) for name in answers[0].scores},
+        "tokens": float(np.mean([n for answer in answers for n in answer.tokens])),
+        "ended": float(np.mean([f == "stop" for answer in answers for f in answer.finish])),
+        "repeated": float(np.mean([repeated(text) for text in texts])),
+        "distinct": float(np.mean([len(set(a.responses)) / len(a.responses) for a in answers])),
+    }
+
+
+def _mean(answers: Sequence[Answers], name: str) -> dict[str, float | None]:
+    means = np.array([np.mean(answer.scores[name]) for answer in answers])
+    error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else None
+    return {"mean": float(means.mean()), "standard_error": None if error is None else float(error)}
+
+
+def repeated(text: str) -> float:
+    """Share of the word 4-grams of a text that it had before; 0 for fewer than two of them."""
+    words = text.split()
+    grams = list(zip(*(words[i:] for i in range(GRAM)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def pair_rows(
+    answers: Sequence[Answers],
+    combined: Sequence[Sequence[float]],
+    prompts: Mapping[int, list[Message]],
+    lineage: Mapping[str, Any],
+    **pairing: Any,
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """(rows of pairs.jsonl, comparisons that made no pair by reason).
+
+    A row is a preference pair, as load_preferences reads it, and its ``lineage``: what is given
+    here, the number of the prompt, which two samples, and what every reward says of them.
+    """
+    rows, dropped = [], Counter()
+    for answer, scores in zip(answers, combined, strict=True):
+        paired = pair_up(prompts[answer.prompt], answer.responses, scores, **pairing)
+        dropped.update(paired.dropped)
+        for pair, picked in zip(paired.pairs, paired.picks, strict=True):
+            about = {
+                "prompt": answer.prompt,
+                "chosen": picked[0],
+                "rejected": picked[1],
+                "finish": [answer.finish[i] for i in picked],
+                "scores": {k: [s[i] for i in picked] for k, s in answer.scores.items()},
+                "combined": [scores[i] for i in picked],
+            }
+            sides = {k: [m._asdict() for m in getattr(pair, k)] for k in SIDES}
+            rows.append({**sides, "margin": pair.margin, "lineage": {**lineage, **about}})
+    return rows, dropped
+
+
+SIDES = ("prompt", "chosen", "rejected")
+
+
+def accuracies(margins: np.ndarray, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every reward, the share of pairs (of those it does not hold for equal) in which the margin
+    [n] of the policy has the sign of the reward's own preference."""
+    out: dict[str, Any] = {}
+    for name in rows[0]["lineage"]["scores"]:
+        scores = np.array([row["lineage"]["scores"][name] for row in rows])
+        wish = np.sign(scores[:, 0] - scores[:, 1])
+        told = wish != 0
+        right = (np.sign(margins) == wish)[told]
+        out[name] = {"accuracy": float(right.mean()) if told.any() else None, "n": int(told.sum())}
+    return out
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rounds as a table."""
+    from rich.console import Console
+
+    Console(highlight=False).print(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Of every round: each reward on the held-out prompts, and what training did."""
+    from rich.table import Table
+
+    held = [row.get("held_out") or {} for row in rows]
+    names = list(next((h["rewards"] for h in held if h), {}))
+    several = names if len(names) > 1 else []
+    out = Table(title="held-out prompts, answered after each round" if names else None)
+    heads = ["round", "pairs", *names, "accuracy", *(f"as {name}" for name in several), "margin"]
+    for head in (*heads, "tokens", "ended", "repeated"):
+        out.add_column(head, justify="right")
+    for row, after in zip(rows, held, strict=True):
+        judged = row.get("evaluation") or {}
+        shares = [judged.get("rewards", {}).get(name, {}).get("accuracy") for name in several]
+        out.add_row(
+            str(row["round"]),
+            f"{row['pairs']:,}" if "pairs" in row else "",
+            *(_plus_minus(after["rewards"][name]) if after else "" for name in names),
+            *(_percent(share) for share in (judged.get("accuracy"), *shares)),
+            _number(judged.get("margin_mean"), ".3f"),
+            _number(after.get("tokens"), ".1f"),
+            _percent(after.get("ended")),
+            _percent(after.get("repeated")),
+        )
+    return out
+
+
+def _plus_minus(value: Mapping[str, float | None]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> str:
+    return _number(value, ".0%")
