@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefopt.commands import load_policy
+from prefopt.command_inputs import load_policy
 from prefopt.config import TrainConfig, default_cache
 from prefopt.errors import InputError
 from prefopt.terminal import say

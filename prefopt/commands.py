@@ -6,81 +6,25 @@ Heavy imports stay inside the functions, so that `prefopt --help` answers at onc
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
+from prefopt.command_inputs import (
+    Dtype,
+    Quantize,
+    load_policy,
+    pairs_or_rankings,
+    quiet_transformers,
+    records,
+)
 from prefopt.errors import InputError
-from prefopt.nn.lora_config import LoraConfig
-from prefopt.terminal import say, summary_line
+from prefopt.terminal import evaluation_lines, say
 
 if TYPE_CHECKING:
-    from prefopt.data.records import Pair
     from prefopt.policy import Policy
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["nf4", "fp4", "none"]
-
-
-def records(
-    load: Callable[..., Any],
-    data: str,
-    split: str | None,
-    columns: dict[str, str | None] | None,
-    *,
-    quiet: bool = False,
-) -> Any:
-    """What ``load`` (`load_preferences` or another) makes of --data, with its report printed."""
-    if data == "embedded":
-        result = load(_embedded(split), columns=columns)
-        result.report.source = "embedded"
-    else:
-        result = load(data, split=split, columns=columns)
-    for line in () if quiet else result.report.lines():
-        say(line)
-    return result
-
-
-def _embedded(split: str | None) -> list[dict[str, Any]]:
-    import gzip
-
-    from prefopt.loading import EMBEDDED
-
-    with gzip.open(EMBEDDED / "preferences.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row for row in rows if split is None or row.get("split") == split]
-
-
-def load_policy(
-    model: str,
-    lora: LoraConfig | None,
-    dtype: str,
-    device: str,
-    quantize: str | None = None,
-    head: str | None = None,
-) -> Policy:
-    """--model with a fresh adapter, or with its own where --model is an adapter already."""
-    from prefopt import loading
-    from prefopt.policy import Policy
-
-    quiet_transformers()
-    has_adapter = loading.resolve(model).adapter is not None
-    lora = None if has_adapter else lora
-    return Policy.from_pretrained(
-        model, lora=lora, quantize=quantize, dtype=dtype, device=device, head=head
-    )
-
-
-def quiet_transformers() -> None:
-    """Its progress bars and warnings would tear ours apart."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def evaluate(
@@ -99,16 +43,16 @@ def evaluate(
     device: str = "auto",
     out: str | None = None,
 ) -> int:
-    """Preference accuracy and margin of a model against its reference, with bootstrap intervals.
+    """How well a model prefers what people preferred: accuracy, margin and calibration.
 
     Args:
-        model: run, adapter or model folder.
-        data: file, folder or hub id of preference pairs.
+        model: run, adapter or model folder, of a language model or a reward model.
+        data: file, folder or hub id of preference pairs; for reward models also of rankings.
         split: which split of the data.
         columns: names of your columns.
         reference: model folder to compare with; known where model is a run or an adapter.
         held_out: only the prompts that training with this eval_fraction held out.
-        beta: scale of the margin.
+        beta: scale of the margin of a language model.
         max_length: most tokens of prompt and response.
         micro_tokens: most tokens in one packed forward.
         template: how conversations become text.
@@ -118,28 +62,35 @@ def evaluate(
         out: JSON file to write the result to.
     """
     from prefopt import durable
-    from prefopt.data.encode import encode_pairs
     from prefopt.data.packing import pack
     from prefopt.data.sources import load_preferences
     from prefopt.data.split import split_pairs
     from prefopt.evaluate import evaluate as run_evaluation
     from prefopt.objectives.dpo import DPO
+    from prefopt.objectives.reward import Reward
     from prefopt.prepare import context_length
 
     if held_out is not None and not 0 < held_out < 1:
         raise InputError(f"held_out is {held_out!r}; it must be between 0 and 1")
-    source: list[Pair] = list(records(load_preferences, data, split, columns))
+    policy = load_policy(model, None, dtype, device, quantize)
+    scores = policy.is_reward_model
+    if scores and reference is not None:
+        raise InputError(f"{model} is a reward model, which has no --reference")
+    source = list(records(pairs_or_rankings if scores else load_preferences, data, split, columns))
     if held_out is not None:
         source = [source[i] for i in split_pairs(source, held_out)[1]]
-    policy = load_policy(model, None, dtype, device, quantize)
-    against = _reference(model, reference, policy, dtype, device)
+    objective = Reward() if scores else DPO(beta=beta)
     length = min(max_length, context_length(policy))
-    encoded = encode_pairs(source, policy.tokenizer, max_length=length, template=template)
-    batches = pack(encoded, max_tokens=micro_tokens, layout=policy.layout)
-    with_reference = (replace(b, ref_logprobs=against(b)) for b in batches)
-    result = run_evaluation(policy, with_reference, DPO(beta=beta))
-    say(summary_line(result.summary))
-    say(f"log pi(chosen) > log pi(rejected): {result.metrics['logps/accuracies']:.1%}")
+    encoded = objective.encode(source, policy.tokenizer, max_length=length, template=template)
+    batches = pack(encoded, max_tokens=micro_tokens, layout=policy.layout, ends=objective.ends)
+    if not scores:
+        against = _reference(model, reference, policy, dtype, device)
+        batches = (replace(b, ref_logprobs=against(b)) for b in batches)
+    result = run_evaluation(policy, batches, objective)
+    for line in evaluation_lines(result.summary):
+        say(line)
+    if not scores:
+        say(f"log pi(chosen) > log pi(rejected): {result.metrics['logps/accuracies']:.1%}")
     if out:
         durable.write_json(out, {**result.summary, **result.metrics, "counts": encoded.counts})
     return 0

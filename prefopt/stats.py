@@ -174,7 +174,7 @@ def preference_evaluation(
             margins[rows], lengths_chosen[rows], lengths_rejected[rows], prompts[rows]
         )
 
-    whole = summary(np.ones(len(items), dtype=bool))
+    whole = summary(np.ones(len(items), dtype=bool)) | {"calibration": calibration(margins)}
     if len(sources) > 1:
         whole["sources"] = {name or "no source": summary(names == name) for name in sources}
         for name, part in whole["sources"].items():

@@ -86,6 +86,27 @@ def has_evaluation(run: Any) -> bool:
     return (run.dir / "evaluation.json").is_file()
 
 
+def evaluation_lines(summary: dict[str, Any]) -> list[str]:
+    """A preference evaluation: all of it, each source, and how far its confidence is right."""
+    lines = [summary_line(summary)]
+    parts = summary.get("sources", {})
+    lines += [f"  {name}: {summary_line(part)}" for name, part in parts.items()]
+    told = summary["calibration"]
+    if summary["ties"] == summary["n"]:
+        return lines
+    lines.append(
+        f"calibration: ECE {told['ece']:.1%}, Brier score {told['brier']:.3f}, log loss "
+        f"{told['log_loss']:.3f} (a coin: 0.250, 0.693)"
+    )
+    for row in told["bins"]:
+        if row["n"]:
+            lines.append(
+                f"  confidence {row['low']:.0%} to {row['high']:.0%}: {row['confidence']:.1%} on "
+                f"average, right {row['accuracy']:.1%} of {row['n']}"
+            )
+    return lines
+
+
 def summary_line(summary: dict[str, Any]) -> str:
     """Accuracy and margin of a preference evaluation, with intervals."""
     n, ties = summary["n"], summary["ties"]

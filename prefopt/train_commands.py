@@ -6,11 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt.commands import Dtype, Quantize, load_policy, records
+from prefopt.command_inputs import (
+    Dtype,
+    Quantize,
+    load_policy,
+    pairs_or_feedback,
+    pairs_or_rankings,
+    records,
+)
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
@@ -221,38 +227,6 @@ def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
         for name, path in setup.data.items()
     }
     return mix(parts, setup.data_weights)
-
-
-def pairs_or_rankings(source: Any, **options: Any) -> Any:
-    """For reward models; pairs keep their margins."""
-    from prefopt.data.rankings import RESPONSES, load_rankings
-
-    return _pairs_or(load_rankings, set(RESPONSES), source, options)
-
-
-def pairs_or_feedback(source: Any, **options: Any) -> Any:
-    """For KTO."""
-    from prefopt.data.feedback import load_feedback
-
-    return _pairs_or(load_feedback, {"label"}, source, options)
-
-
-def _pairs_or(
-    load: Callable[..., Any], marks: set[str], source: Any, options: dict[str, Any]
-) -> Any:
-    """Pairs, but for rows that have one of the columns ``marks`` and nothing chosen."""
-    from prefopt.data.files import open_rows
-    from prefopt.data.schemas import RANKED_COLUMNS
-    from prefopt.data.sources import SAMPLE, load_preferences
-
-    _, rows = open_rows(source, options.get("split"))
-    names = {*(key for _, row in islice(rows, SAMPLE) for key in row), *(options["columns"] or {})}
-    pairs = any(set(two) <= names for two in RANKED_COLUMNS)
-    return (
-        load_preferences(source, **options)
-        if pairs or not marks & names
-        else load(source, **options)
-    )
 
 
 def _iterate(

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from prefopt.commands import Dtype, load_policy, quiet_transformers, records
+from prefopt.command_inputs import Dtype, load_policy, quiet_transformers, records
 from prefopt.errors import InputError
 from prefopt.terminal import say
 

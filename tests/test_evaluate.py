@@ -16,7 +16,7 @@ from prefopt import (
     load_preferences,
     pack,
 )
-from prefopt.stats import preference_summary
+from prefopt.stats import calibration, preference_summary
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ def test_the_summary_groups_pairs_by_prompt(policy, encoded):
     lengths = [[len(r) for r in item.responses] for item in encoded]
     prompts = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
     chosen, rejected = np.array(lengths).T
-    assert result.summary == preference_summary(result.margins, chosen, rejected, np.array(prompts))
+    want = preference_summary(result.margins, chosen, rejected, np.array(prompts))
+    assert result.summary == {**want, "calibration": calibration(result.margins)}
     assert result.summary["n"] == 10 and result.summary["prompts"] == 8
     assert result.summary["accuracy"] == pytest.approx(result.metrics["rewards/accuracies"])
 

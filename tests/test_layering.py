@@ -33,7 +33,10 @@ LAYERS = (
         *("rounds", "round_files", "sampling"),
     ),
     ("demo",),
-    ("commands", "cache_commands", "train_commands", "weight_commands"),
+    (
+        *("command_inputs", "commands", "cache_commands", "train_commands"),
+        "weight_commands",
+    ),
     ("cli", "usage"),
     ("__main__",),
 )

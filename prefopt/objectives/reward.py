@@ -21,7 +21,7 @@ from prefopt.data.records import Ranking
 from prefopt.errors import InputError
 from prefopt.nn.heads import ScoreStats
 from prefopt.ranking import bradley_terry, plackett_luce
-from prefopt.stats import Evaluation, calibration, preference_evaluation
+from prefopt.stats import Evaluation, preference_evaluation
 
 STATS_RESPONSES = 1000  # whose scores the statistics are of
 
@@ -38,7 +38,8 @@ class Reward:
 
     margin: times a pair's own margin is by how much its chosen response should win; pairs without
     one count as 0. center: weight of (c + r)^2, which pulls the scores, known up to a constant, to
-    mean 0 (0.01 is common).
+    mean 0 (0.01 is common). A score is read at the EOS token that ends a response: where a chat
+    template writes a line break behind it, other programs must cut that off to get the same score.
     """
 
     needs_reference, ends, samples = False, True, False
@@ -126,9 +127,7 @@ class Reward:
         gaps = (read.scores[better] - read.scores[worse]).numpy()
         lengths = read.lengths[better].numpy(), read.lengths[worse].numpy()
         of = [items[i] for i in owner.tolist()]
-        result = preference_evaluation(gaps, *lengths, of, metrics)
-        result.summary["calibration"] = calibration(gaps)
-        return result
+        return preference_evaluation(gaps, *lengths, of, metrics)
 
     @torch.no_grad()
     def finish(self, policy, batches: Iterable[Batch]) -> None:

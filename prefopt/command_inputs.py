@@ -1,0 +1,106 @@
+"""What commands read: the records of --data and the model of --model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefopt.nn.lora_config import LoraConfig
+from prefopt.terminal import say
+
+if TYPE_CHECKING:
+    from prefopt.policy import Policy
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["nf4", "fp4", "none"]
+
+
+def records(
+    load: Callable[..., Any],
+    data: str,
+    split: str | None,
+    columns: dict[str, str | None] | None,
+    *,
+    quiet: bool = False,
+) -> Any:
+    """What ``load`` (`load_preferences` or another) makes of --data, with its report printed."""
+    if data == "embedded":
+        result = load(_embedded(split), columns=columns)
+        result.report.source = "embedded"
+    else:
+        result = load(data, split=split, columns=columns)
+    for line in () if quiet else result.report.lines():
+        say(line)
+    return result
+
+
+def _embedded(split: str | None) -> list[dict[str, Any]]:
+    import gzip
+
+    from prefopt.loading import EMBEDDED
+
+    with gzip.open(EMBEDDED / "preferences.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if split is None or row.get("split") == split]
+
+
+def load_policy(
+    model: str,
+    lora: LoraConfig | None,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    head: str | None = None,
+) -> Policy:
+    """--model with a fresh adapter, or with its own where --model is an adapter already."""
+    from prefopt import loading
+    from prefopt.policy import Policy
+
+    quiet_transformers()
+    has_adapter = loading.resolve(model).adapter is not None
+    lora = None if has_adapter else lora
+    return Policy.from_pretrained(
+        model, lora=lora, quantize=quantize, dtype=dtype, device=device, head=head
+    )
+
+
+def quiet_transformers() -> None:
+    """Its progress bars and warnings would tear ours apart."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def pairs_or_rankings(source: Any, **options: Any) -> Any:
+    """For reward models; pairs keep their margins."""
+    from prefopt.data.rankings import RESPONSES, load_rankings
+
+    return _pairs_or(load_rankings, set(RESPONSES), source, options)
+
+
+def pairs_or_feedback(source: Any, **options: Any) -> Any:
+    """For KTO."""
+    from prefopt.data.feedback import load_feedback
+
+    return _pairs_or(load_feedback, {"label"}, source, options)
+
+
+def _pairs_or(
+    load: Callable[..., Any], marks: set[str], source: Any, options: dict[str, Any]
+) -> Any:
+    """Pairs, but for rows that have one of the columns ``marks`` and nothing chosen."""
+    from prefopt.data.files import open_rows
+    from prefopt.data.schemas import RANKED_COLUMNS
+    from prefopt.data.sources import SAMPLE, load_preferences
+
+    _, rows = open_rows(source, options.get("split"))
+    names = {*(key for _, row in islice(rows, SAMPLE) for key in row), *(options["columns"] or {})}
+    pairs = any(set(two) <= names for two in RANKED_COLUMNS)
+    return (
+        load_preferences(source, **options)
+        if pairs or not marks & names
+        else load(source, **options)
+    )
