@@ -7,10 +7,10 @@ uninterrupted one would have.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ BATCH = 32  # answers sampled at a time
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Answers:
     """n sampled responses to prompt number ``prompt``; finish[i] is "length" where the i-th was cut
     at the limit, tokens[i] its length, scores[name][i] what a reward says of it."""
@@ -42,7 +42,7 @@ class Answers:
     scores: dict[str, list[float]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sampler:
     """How answers are sampled: n to a prompt."""
 
@@ -76,13 +76,11 @@ class Sampler:
             batch_size=BATCH,
             template=self.template,
         )
-        lengths = token_lengths([answer.text for answer in flat], policy.tokenizer)
         rows = []
         for start in range(0, len(flat), self.n):
             part = slice(start, start + self.n)
-            texts, finish = zip(*((a.text, a.finish) for a in flat[part]), strict=True)
-            row = {"responses": list(texts), "finish": list(finish), "tokens": lengths[part]}
-            rows.append(row)
+            texts, finish, tokens = zip(*(dataclasses.astuple(a) for a in flat[part]), strict=True)
+            rows.append({"responses": [*texts], "finish": [*finish], "tokens": [*tokens]})
         return rows
 
 
@@ -178,12 +176,6 @@ def promptly(stop: StopSignal) -> Iterator[None]:
         yield
     finally:
         stop.at_once = False
-
-
-def token_lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens of each text, special ones not counted."""
-    ids = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False)
-    return [len(tokens) for tokens in ids["input_ids"]]
 
 
 def prompt_lengths(

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled response; ``finish`` is "stop" at an end token and "length" at the limit."""
+    """One sampled response; ``finish`` is "stop" at an end token and "length" at the limit.
+    ``tokens``: how many were sampled, the end token not counted."""
 
     text: str
     finish: str
+    tokens: int
 
 
 @torch.no_grad()
@@ -55,7 +57,8 @@ def generate(
             for tokens in out[:, ids.shape[1] :].tolist():
                 end = next((i for i, token in enumerate(tokens) if token in stops), None)
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                results.append(Generation(text, "length" if end is None else "stop"))
+                finish = "length" if end is None else "stop"
+                results.append(Generation(text, finish, len(tokens[:end])))
     return results
 
 
