@@ -23,7 +23,7 @@ _MODULE_OF = {
     "losses": "losses",
     "PairLogps": "losses",
     "LOSSES": "losses",
-    "loss_from": "losses",
+    "loss_from": "loss_names",
     "Message": "data.records",
     "Pair": "data.records",
     "DataReport": "data.records",
@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from prefopt.logprobs import shard_statistics as shard_statistics
     from prefopt.logprobs import token_logprobs as token_logprobs
     from prefopt.logprobs import token_logprobs_and_reference as token_logprobs_and_reference
+    from prefopt.loss_names import loss_from as loss_from
     from prefopt.losses import LOSSES as LOSSES
     from prefopt.losses import PairLogps as PairLogps
-    from prefopt.losses import loss_from as loss_from
     from prefopt.nn.bnb_format import load_bnb as load_bnb
     from prefopt.nn.bnb_format import save_bnb as save_bnb
     from prefopt.nn.lora import adapters as adapters

@@ -23,9 +23,9 @@ from prefopt.data.packing import pack
 from prefopt.data.records import Message
 from prefopt.data.template import choose_template, render_conversation, render_prompt
 from prefopt.errors import InputError
-from prefopt.loss_names import user_function
 from prefopt.nn.heads import ScoreStats
 from prefopt.policy import Policy
+from prefopt.user_functions import user_function
 
 Reward = Callable[[list[list[Message]], list[str]], Sequence[float]]
 
@@ -42,7 +42,7 @@ def load_reward(spec: str | Path, *, device: str = "auto", dtype: str = "auto") 
     a function that does not take prompts and responses.
     """
     if isinstance(spec, str) and _FUNCTION.fullmatch(spec) and not Path(spec).exists():
-        function = user_function(spec)
+        function = user_function(spec, role="reward")
         check_reward(function, spec)
         return function
     return RewardModel(spec, device=device, dtype=dtype)

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "durable"),
     (
         *("logprobs", "folding", "tiles", "rl", "dispatch"),
-        *("losses", "loss_names", "shaping", "ranking"),
+        *("losses", "loss_names", "shaping", "ranking", "user_functions"),
     ),
     ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
     (
@@ -45,8 +45,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Tighter than their layer: all that they may import, besides the standard library.
 ONLY = {
     "errors": set(),
-    "losses": {"torch", "prefopt.errors", "prefopt.loss_names"},
-    "loss_names": {"prefopt.errors"},
+    "losses": {"torch", "prefopt.errors"},
+    "loss_names": {"torch", "prefopt.errors", "prefopt.losses", "prefopt.user_functions"},
+    "user_functions": {"prefopt.errors"},
     "tiles": {"torch"},
     "folding": {"torch", "prefopt.dispatch", "prefopt.tiles"},
     "logprobs": {"torch", "prefopt.dispatch", "prefopt.folding", "prefopt.tiles"},

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from prefopt import LOSSES, InputError, PairLogps, loss_from, losses
+from prefopt import LOSSES, InputError, PairLogps, loss_from, loss_names, losses
 from prefopt.loss_names import weighted_names
 
 
@@ -125,7 +125,7 @@ def test_exo_in_a_sum_keeps_its_own_range():
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_option_has_a_range(name):
-    for option, default in losses._defaults(LOSSES[name]).items():
+    for option, default in loss_names._defaults(LOSSES[name]).items():
         assert loss_from(name, **{option: default}).terms[0].options[option] == default
         with pytest.raises(InputError, match=f"^{option} is"):
             loss_from(name, **{option: NAN})

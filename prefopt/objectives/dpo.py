@@ -15,7 +15,8 @@ from prefopt.data.encode import Encoded, EncodedSet, encode_pairs
 from prefopt.data.packing import Batch
 from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
-from prefopt.losses import PairLogps, loss_from
+from prefopt.loss_names import loss_from
+from prefopt.losses import PairLogps
 from prefopt.shaping import DIVERGENCES, desensitised, f_divergence, wpo_weights
 from prefopt.stats import Evaluation, preference_evaluation
 
