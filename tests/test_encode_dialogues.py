@@ -5,6 +5,9 @@ core tokenizer, and a token is scored if the core tokenizer's own offsets place 
 piece. Nothing of that goes through a chat template or the code under test.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -34,7 +37,7 @@ LLAMA_3 = (
 )
 
 
-def chat(template, eos="</s>", split=None):
+def chat(template, eos="</s>", split=None, marks=MARKS):
     """A byte-level BPE with a chat template, that adds BOS and EOS when asked for them."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,8 +50,8 @@ def chat(template, eos="</s>", split=None):
         )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", *MARKS],
+        vocab_size=500,
+        special_tokens=list(dict.fromkeys(["<s>", "</s>", *marks])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -286,6 +289,52 @@ def test_a_template_whose_rewriting_hides_where_an_answer_begins():
     assert encoded.counts["assistant turns that the chat template rewrites, not scored"] == 2
 
 
+REAL = ["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "lfm2", "llama3", "phi3"]
+REAL += ["phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507"]
+
+
+def runs(tokens, mask):
+    """Each run of scored tokens, without the white space that ends it."""
+    edges = np.flatnonzero(np.diff([False, *mask, False]))
+    return [list(tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_templates_of_published_models(name, system):
+    """Against transformers' own mask of what the assistant says: TRL ships the templates of these
+    models with marks around it. Its marks take in the line break after a turn; here that is not
+    scored, and where it ends the conversation EOS follows it, as in pairs."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    plain, marked = (
+        (folder / file).read_text() for file in (f"{name}.jinja", f"{name}_training.jinja")
+    )
+    marks = re.findall(r"<\|[^|<>{}\s]+\|>|</?[a-z_]+>|<turn\|>|<\|turn>", plain + marked)
+    source = dialogue("one q", "two a", "three q", "four a", "five q", "six a", system=system)
+    if name == "gemma" and system:
+        source = Dialogue(source.turns[1:])  # which has no system turns
+    tokenizer = chat(plain, split=LLAMA_3, marks=marks)
+    (item,) = encode_dialogues([source], tokenizer, max_length=10_000)
+    tokens, mask = flat(item)
+
+    tokenizer.chat_template = marked
+    turns = [message._asdict() for message in source.turns]
+    theirs = tokenizer.apply_chat_template(
+        turns, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert len(runs(tokens, mask)) == 3
+    expected = [
+        tokenizer.decode(run).rstrip("\n")
+        for run in runs(theirs["input_ids"], theirs["assistant_masks"])
+    ]
+    ours = [tokenizer.decode(run) for run in runs(tokens, mask)]
+    for texts in (ours, expected):  # Phi writes EOS itself
+        texts[-1] = texts[-1].removesuffix("</s>").rstrip("\n")
+    assert [text.lstrip("\n") for text in expected] == ours
+    size = min(len(tokens) - 1, len(theirs["input_ids"]))
+    assert tokens[:size] == theirs["input_ids"][:size]
+
+
 @settings(max_examples=60)
 @given(BARE, BARE, BARE, st.sampled_from(sorted(TOKENIZERS)))
 def test_a_single_answer_is_encoded_as_that_of_a_pair(prompt, chosen, rejected, name):
@@ -340,6 +389,14 @@ def test_the_first_token_is_given_where_nothing_else_is():
         ([1], [2, 0]),
         ([2], [1, 0]),
     ]
+
+
+def test_an_unknown_token_ends_no_turn():
+    core = Tokenizer(models.BPE({"!": 0, "?": 1, "a": 2, "\n": 3}, [], unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!", unk_token="?")
+    (item,) = encode_dialogues([dialogue("a", "ax\n", "a", "a")], tokenizer, template="plain")
+    assert flat(item)[0] == [2, 2, 1, 3, 2, 2, 0]
+    assert item.scored is not None and item.scored.tolist() == [True] * 3 + [False] + [True] * 2
 
 
 def test_an_end_of_text_inside_an_answer_is_counted():
