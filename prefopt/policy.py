@@ -22,7 +22,6 @@ from prefopt.data.encode import encode_prompts
 from prefopt.data.packing import Batch, Layout
 from prefopt.data.records import Message
 from prefopt.errors import InputError
-from prefopt.logprobs import token_logprobs
 from prefopt.nn import heads, padding
 from prefopt.nn import lora as lora_module
 from prefopt.nn.heads import ScoreStats
@@ -65,7 +64,7 @@ class Policy(nn.Module):
         own = model.config._attn_implementation
         self._own_attention = "sdpa" if own == NAME else own  # a model that was a policy's before
         self.attend(self._own_attention)
-        self.is_reward_model = model.get_output_embeddings() is None
+        self.is_reward_model = hasattr(model, heads.SCORE)
         self.score_stats: ScoreStats | None = None  # of a reward model, on reference responses
         self._head_options: dict[str, Any] = {}
         self.new_padding = False  # whether the tokenizer pads in another way than its files say
@@ -168,33 +167,24 @@ class Policy(nn.Module):
         With ``collisions`` also log sum_v pi(v)^2 of each of these tokens' distributions, [N]
         float32 without gradient: how probable it is that two draws agree.
         """
+        rows, n = batch.score_rows, len(batch.targets)
         if self.is_reward_model:
-            return self._scores(batch)
-        device, n = self.device.type, len(batch.targets)
+            if batch.end_rows is None:
+                raise InputError(
+                    "a reward model scores the last token of each response and has no log-probs: "
+                    "give it batches of pack(..., ends=True)"
+                )
+            rows = batch.end_rows
+        device = self.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            rows, targets = (_round_up(x, 16) for x in (batch.score_rows, batch.targets))
-            hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
-            hidden, weight, bias = heads.project(self.model, hidden)
-            options = {"bias": bias, **self._head_options}
-            logps: Any = token_logprobs(hidden, weight, targets, **options)
-            if not collisions:
-                return logps[:n]
-            # log sum p^2 = lse(2 z) - 2 lse(z), and at temperature 1/2 log p(y) = 2 z_y - lse(2 z)
-            with torch.no_grad():
-                sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
-                collision = 2 * logps - sharp
-            return logps[:n], collision[:n]
-
-    def _scores(self, batch: Batch) -> Tensor:
-        if batch.end_rows is None:
-            raise InputError(
-                "a reward model scores the last token of each response and has no log-probs: give "
-                "it batches of pack(..., ends=True)"
+            hidden = self._hidden(batch).flatten(0, -2).index_select(0, _round_up(rows, 16))
+            if self.is_reward_model:
+                return heads.scores(self.model.score, hidden)[: len(rows)]
+            targets = _round_up(batch.targets, 16)
+            logps, collision = heads.word_logprobs(
+                self.model, hidden, targets, self._head_options, collisions
             )
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            rows = _round_up(batch.end_rows, 16)
-            hidden = self._hidden(batch).flatten(0, -2).index_select(0, rows)
-            return heads.scores(self.model.score, hidden)[: batch.num_responses]
+        return logps[:n] if collision is None else (logps[:n], collision[:n])
 
     def scores(self, batch: Batch) -> Tensor:
         """Scores of the responses of a reward model, [R] float32; the batch is packed with

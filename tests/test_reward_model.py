@@ -132,7 +132,8 @@ def test_scores_are_float32_products_with_the_hidden_state_of_the_last_token(bas
     h = torch.randn(5, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         got = scores(half.model.score, h)
-    assert torch.equal(got, (h.float() @ half.model.score.weight[0]))
+    want = (h.float() @ half.model.score.weight.T)[:, 0]
+    assert (got - want).abs().max() < 1e-5 and got.dtype == torch.float32
 
 
 def test_the_gradient_of_head_and_body_is_that_of_a_float64_oracle(base):
@@ -265,6 +266,12 @@ def test_the_head_trains_under_lora_and_after_it_was_loaded(base, tmp_path):
         stored = load_file(tmp_path / name / "adapter_model.safetensors")
         assert torch.equal(stored["base_model.model.score.weight"], head)
         policy = load(tmp_path / name, seed=5)
+
+
+def test_a_model_with_an_adapter_can_be_a_policys_again(base):
+    policy = move(load(base, head="score", lora=LORA))
+    again = Policy(policy.model, policy.tokenizer, base=policy.base)
+    assert again.is_reward_model and torch.equal(scored(again), scored(policy))
 
 
 def test_full_training_in_16_bits_keeps_float32_masters_and_an_exact_head(base, tmp_path):

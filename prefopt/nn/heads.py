@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prefopt.durable import write_json
 from prefopt.errors import InputError
 from prefopt.logprobs import token_logprobs
+from prefopt.nn.adapted import Adapted
 from prefopt.nn.lora_config import LoraConfig, name_matches
 from prefopt.nn.lora_linear import LoraLinear
 from prefopt.nn.nf4_linear import NF4Linear
@@ -52,6 +53,22 @@ def project(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     weight = weight_of(head.base)
     weight = torch.cat([weight, B.to(weight)], 1)
     return torch.cat([hidden, low], 1), weight, head.bias
+
+
+def word_logprobs(
+    model: Any, hidden: Tensor, targets: Tensor, options: dict[str, Any], collisions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """hidden [N, D], targets [N] -> log p(target) [N] and, with `collisions`, log sum_v p(v)^2 [N]
+    without gradient; options: those of the model's `head_options`."""
+    hidden, weight, bias = project(model, hidden)
+    options = {"bias": bias, **options}
+    logps: Any = token_logprobs(hidden, weight, targets, **options)
+    if not collisions:
+        return logps, None
+    # log sum p^2 = lse(2 z) - 2 lse(z), and at temperature 1/2 log p(y) = 2 z_y - lse(2 z)
+    with torch.no_grad():
+        sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
+        return logps, 2 * logps - sharp
 
 
 @torch.no_grad()
@@ -126,16 +143,15 @@ def widen_score(model: Any) -> None:
 def draw_score(model: Any) -> None:
     """A fresh head: w ~ N(0, 1 / (d + 1)), from torch's generator (Stiennon et al. 2020, arXiv
     2009.01325, appendix B, which prints the standard deviation as 1 / (d + 1); its code takes the
-    root). A normalised hidden state then scores about N(0, 1). Rounded to the dtype of the model,
-    so that a folder in it holds just these."""
+    root). A normalised hidden state then scores about N(0, 1)."""
     weight = model.score.weight
-    drawn = torch.randn(weight.shape) / math.sqrt(weight.shape[1] + 1)
-    weight.copy_(drawn.to(model.dtype))
+    weight.copy_(torch.randn(weight.shape) / math.sqrt(weight.shape[1] + 1))
 
 
 def check_score_head(model: Any) -> None:
     """InputError for a model without the head of a reward model."""
     head, kind, reason = getattr(model, SCORE, None), type(model).__name__, None
+    head = head.base if isinstance(head, Adapted) else head
     if not isinstance(head, nn.Linear):
         reason = f"{kind} has no linear layer called 'score'"
     elif head.out_features != 1:
