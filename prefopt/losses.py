@@ -100,7 +100,7 @@ def discopop(p: PairLogps, *, beta: float = 0.1, tau: float = 0.05) -> Tensor:
 def sigmoid_norm(p: PairLogps, *, beta: float = 0.1) -> Tensor:
     """-log s(beta (r_w / |y_w| - r_l / |y_l|)), [B]: DPO on nats per token.
 
-    Length-normalised DPO of Lambert et al. 2024 (Tulu 3, arXiv 2411.15124, section 5.1.2).
+    Length-normalised DPO of Lambert et al. 2024 (Tulu 3, arXiv 2411.15124).
     """
     _check(p)
     return _logistic(beta * _average_margin(p))
@@ -254,7 +254,7 @@ def kto(
 
     logratios r [R] = log pi(y) - log ref(y), desirable [R] bool, kl z [] -> [R]. z is the baseline
     max(0, mean log-ratio of responses put to other prompts); no gradient goes through it.
-    Ethayarajh et al. 2024 (arXiv 2402.01306, eq. 7 and 8).
+    Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
     assert logratios.dim() == 1 and desirable.shape == logratios.shape and kl.dim() == 0
     assert desirable.dtype == torch.bool, desirable.dtype

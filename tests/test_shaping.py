@@ -77,7 +77,7 @@ def test_log_ratios_become_the_slope_of_the_generator(kind, alpha, dtype, bound)
 def test_slopes_rise_and_are_zero_at_the_reference(r, step, alpha):
     for kind in DIVERGENCES:
         low, high = shaped_ratios(pairs([r], [r + step]), kind, alpha)
-        assert low <= high, kind
+        assert low <= high + 1e-13, kind  # a rounding of the log-probs that carry it
         assert shaped_ratios(pairs([0.0], [0.0]), kind, alpha)[0].item() == 0.0
 
 
