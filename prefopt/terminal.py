@@ -108,7 +108,12 @@ def evaluation_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """Accuracy and margin of a preference evaluation, with intervals."""
+    """Perplexity, or accuracy and margin of a preference evaluation, with intervals."""
+    if "perplexity" in summary:
+        low, high = summary["perplexity_low"], summary["perplexity_high"]
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        counts = f"{summary['n']:,} dialogues, {summary['tokens']:,} tokens"
+        return f"perplexity {summary['perplexity']:.3f}{interval} ({counts})"
     n, ties = summary["n"], summary["ties"]
     if ties == n:
         return f"policy = reference: all margins are 0 ({n} pair{'s' * (n > 1)})"

@@ -270,6 +270,17 @@ def test_a_thought_of_the_last_turn_is_scored_and_earlier_ones_are_not_shown():
     assert encoded.counts["assistant turns that the chat template rewrites, not scored"] == 1
 
 
+def test_a_prompt_that_writes_more_than_stands_before_the_answer():
+    """As with DeepSeek R1: the prompt opens a thought that the conversation does not have."""
+    opened = PROMPT.replace("assistant\n", "assistant\n<think>\n")
+    tokenizer = chat(LOOP + BODY + END + opened, eos="<|im_end|>")
+    source = dialogue("q", "two words", "r", "three more words")
+    (item,) = encoded = encode_dialogues([source], tokenizer)
+    texts = [tokenizer.decode(run) for run in runs(*flat(item))]
+    assert texts == ["two words<|im_end|>", "three more words<|im_end|>"]
+    assert encoded.counts["prompt not a prefix of its conversation, in tokens"] == 2
+
+
 def test_a_template_whose_rewriting_hides_where_an_answer_begins():
     """The thought of the last assistant turn stays in a prompt but not in the whole conversation:
     what both have in common ends before that turn, and nothing after it may count for it."""

@@ -223,7 +223,7 @@ def evaluation_of(nll, tokens):
 
 def test_the_interval_is_over_dialogues_and_weighs_tokens():
     """Against all resamples of four dialogues, 4^4, counted out."""
-    nll, tokens = [2.0, 90.0, 40.0, 300.0], [2, 30, 40, 100]
+    nll, tokens = [10.0, 30.0, 80.0, 150.0], [2, 30, 40, 100]
     draws = np.array(np.meshgrid(*[range(4)] * 4)).reshape(4, -1).T
     ratios = np.exp(np.array(nll)[draws].sum(1) / np.array(tokens)[draws].sum(1))
     low, high = np.quantile(ratios, [0.025, 0.975])
