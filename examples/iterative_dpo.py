@@ -25,7 +25,9 @@ def politeness(prompts, responses):
 def main(out: str) -> None:
     pairs = load_preferences(EMBEDDED / "preferences.jsonl.gz")
     prompts = load_prompts(pairs[:160])
-    config = TrainConfig(out, lr=1e-3, max_length=256, eval_fraction=0.25, save_every=0, samples=0)
+    config = TrainConfig(
+        out, lr=3e-3, epochs=2, max_length=256, eval_fraction=0.25, save_every=0, samples=0
+    )
     rounds = iterate(
         "embedded", prompts, politeness, config, rounds=2, samples=4, max_new_tokens=32
     )

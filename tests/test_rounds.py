@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from prefopt import DPO, InputError, LoraConfig, Message, Policy, TrainConfig, load_preferences
 from prefopt import sampling as sampling_module
 from prefopt.data.encode import encode_pairs
+from prefopt.data.prompts import load_prompts
 from prefopt.data.split import split_pairs
+from prefopt.loading import EMBEDDED
 from prefopt.metrics import Progress
 from prefopt.nn.heads import ScoreStats
 from prefopt.objectives.kto import KTO
@@ -110,11 +112,26 @@ def check_same(out, whole):
 # -- what an iteration does
 
 
-def test_what_is_rewarded_becomes_more(whole):
+def test_what_is_rewarded_becomes_more(tmp_path):
+    """On the embedded model, whose answers are polite or rude: the reward counts polite words."""
+
+    def polite(prompts, responses):
+        words = ("please", "glad", "happy", "thank", "sure", "of course", "welcome", "sorry")
+        return [min(2, sum(word in text.lower() for word in words)) for text in responses]
+
+    prompts = load_prompts(load_preferences(EMBEDDED / "preferences.jsonl.gz")[:96])
+    config = TrainConfig(
+        str(tmp_path / "out"), lr=5e-3, epochs=2, max_length=256, eval_fraction=0.25, samples=0,
+        save_every=0, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    iterate("embedded", prompts, polite, config, rounds=2, max_new_tokens=24, quiet=True)
+    told = [row["held_out"]["rewards"]["reward"] for row in rounds_of(tmp_path / "out")]
+    error = max(reward["standard_error"] for reward in told)
+    assert told[1]["mean"] > told[0]["mean"] and told[2]["mean"] > told[1]["mean"] + 4 * error, told
+
+
+def test_the_results_are_the_rows(whole):
     out, results = whole
-    means = [row["held_out"]["rewards"]["reward"]["mean"] for row in rounds_of(out)]
-    errors = [row["held_out"]["rewards"]["reward"]["standard_error"] for row in rounds_of(out)]
-    assert means[2] > means[0] + 2 * max(errors[0], errors[2]), (means, errors)
     assert [r.round for r in results] == [1, 2] and not any(r.stopped for r in results)
     assert [r.dir for r in results] == [out / "round-1", out / "round-2"]
     assert [r.row for r in results] == rounds_of(out)[1:]
