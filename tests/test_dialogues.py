@@ -93,6 +93,8 @@ def test_roles_of_every_kind():
     assert [turn.role for turn in one(row).turns] == [
         *("system", "user", "assistant", "tool", "assistant", "user", "assistant")
     ]
+    both = {"role": "user", "from": "someone", "content": "q"}
+    assert one({"messages": [both, *roles("a", speakers=("assistant",))]}) == QA
     own = one({**row, "system": "another"})  # a system turn of the conversation's own stays
     assert own.turns[0] == Message("system", "system") and len(own.turns) == 7
 
@@ -173,14 +175,14 @@ def test_unusable_rows_of_every_shape(good, bad, reason):
 
 def test_what_the_assistant_opens_with_is_cut_and_said():
     rows = [
-        {"messages": roles("hi", "q", "a", speakers=("assistant", "user"))},
+        {"messages": [*roles("hi", speakers=("assistant",)) * 2, *roles("q", "a")]},
         {"messages": roles("q", "a")},
     ]
     dialogues = load_dialogues(rows)
     assert list(dialogues) == [said("q", "a")] * 2
     assert dialogues.report.notes == ["opened with an assistant turn, which was cut: 1"]
     greeted = one({**rows[0], "system": "S"})  # a system turn is something to open for
-    assert [turn.content for turn in greeted.turns] == ["S", "hi", "q", "a"]
+    assert [turn.content for turn in greeted.turns] == ["S", "hi", "hi", "q", "a"]
 
 
 # --- columns -----------------------------------------------------------------------------------
@@ -206,6 +208,8 @@ def test_two_answers_are_refused_and_columns_settle_it(a, b, rest):
         load_dialogues([row])
     assert one(row, columns={b: None}).turns[-1].content == "first"
     assert one(row, columns={a: None}).turns[-1].content == "second"
+    mapped = one({**rest, "mine": "third", b: "second"}, columns={a: "mine"})
+    assert mapped.turns[-1].content == "third"
 
 
 def test_two_conversations_are_refused():
