@@ -13,6 +13,7 @@ from prefopt import InputError, LoraConfig, Policy, TrainConfig, load_preference
 from prefopt.data.encode import Encoded
 from prefopt.data.records import Message, Pair, Ranking
 from prefopt.evaluate import evaluate
+from prefopt.nn.heads import ScoreStats
 from prefopt.objectives.reward import Reward
 from prefopt.ranking import bradley_terry
 from prefopt.stats import calibration
@@ -167,6 +168,11 @@ def test_an_evaluation_counts_every_ordered_pair_whatever_the_batches(policy):
         assert np.abs(result.margins - gaps).max() < 1e-5
         assert result.summary["n"] == 12 and result.summary["prompts"] == 5
         assert result.summary["accuracy"] == pytest.approx(np.mean(np.array(gaps) > 0))
+        lengths = [[len(r) for r in item.responses] for item in items]
+        longer = sum(a > b for n in lengths for i, a in enumerate(n) for b in n[i + 1 :])
+        shorter = sum(a < b for n in lengths for i, a in enumerate(n) for b in n[i + 1 :])
+        assert longer != shorter == result.summary["n_chosen_shorter"]
+        assert longer == result.summary["n_chosen_longer"]
         loss = np.mean([ranked_loss(s) for s in all_scores])
         assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert result.summary["calibration"]["ece"] == calibration(result.margins)["ece"]
@@ -334,7 +340,7 @@ def test_what_cannot_be_a_reward_run_is_an_input_error(policy, tiny_model, tiny_
 
 
 def test_finish_takes_at_most_a_thousand_responses_and_leaves_the_mode_alone(policy):
-    (batch,) = batches_of(policy, groups(2, 2))
+    (batch,) = batches_of(policy, groups(2, 2, 2))
     policy.train()
     seen = []
 
@@ -344,11 +350,24 @@ def test_finish_takes_at_most_a_thousand_responses_and_leaves_the_mode_alone(pol
             yield batch
 
     Reward().finish(policy, endless())
-    assert policy.training and policy.score_stats.n == 1000 and len(seen) == 250
+    assert policy.training and policy.score_stats.n == 1000 and len(seen) == 167
     stats = dataclasses.asdict(policy.score_stats)
     Reward().finish(policy, [])
     assert dataclasses.asdict(policy.score_stats) == stats
     policy.score_stats = None
+
+
+def test_finish_takes_scores_without_the_dropout_of_an_adapter(tiny_model):
+    policy = load(tiny_model, lora=LoraConfig(r=4, dropout=0.5, init="gaussian"))
+    with torch.no_grad():
+        for _, p in policy.trainable():
+            p.add_(0.1)
+    (batch,) = batches_of(policy, groups(2, 2, 2))
+    policy.train()
+    Reward().finish(policy, [batch])
+    with torch.no_grad():
+        noisy, plain = policy(batch), policy.eval()(batch)
+    assert policy.score_stats == ScoreStats.of(plain) != ScoreStats.of(noisy)
 
 
 def test_pairs_with_sources_are_judged_by_source(tiny_model, tiny_rows):

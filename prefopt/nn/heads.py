@@ -141,9 +141,9 @@ def widen_score(model: Any) -> None:
 
 @torch.no_grad()
 def draw_score(model: Any) -> None:
-    """A fresh head: w ~ N(0, 1 / (d + 1)), from torch's generator (Stiennon et al. 2020, arXiv
-    2009.01325, appendix B, which prints the standard deviation as 1 / (d + 1); its code takes the
-    root). A normalised hidden state then scores about N(0, 1)."""
+    """A fresh head: w ~ N(0, 1 / (d + 1)), from torch's generator, so that a normalised hidden
+    state scores about N(0, 1) (Stiennon et al. 2020, arXiv 2009.01325, whose text has 1 / (d + 1)
+    for the standard deviation, not for its square)."""
     weight = model.score.weight
     weight.copy_(torch.randn(weight.shape) / math.sqrt(weight.shape[1] + 1))
 
