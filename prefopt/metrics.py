@@ -228,6 +228,7 @@ class _Phase:
     def text(self) -> str:
         shown = (
             ("loss", "loss {:.4f}", float),
+            ("eval_perplexity", "perplexity {:.2f}", float),
             ("rewards/margins", "margin {:.3f}", float),
             ("rewards/accuracies", "accuracy {:.0%}", float),
             ("tokens_per_s", "{} tokens/s", format_count),

@@ -59,6 +59,8 @@ def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: Train
     report = getattr(data, "report", None)
     notes = {
         **(report.to_dict() if report else {"source": unit, "rows": len(data)}),
+        "objective": objective.name,
+        "unit": unit,
         "encoding": {
             "template": encoded.template,
             "max_length": longest,

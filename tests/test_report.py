@@ -17,6 +17,7 @@ from prefopt.report import charts, write_report
 from prefopt.report.charts import MAX_POINTS, draw_charts, smooth, thin
 from prefopt.report.health import CHECKS, health_notes
 from prefopt.report.record import FILES, RunRecord, ends, read_run, series
+from prefopt.report.view import page as whole_page
 from prefopt.stats import preference_summary
 
 CONFIG = "model: hub/tiny-model\ndata: data/pairs.jsonl\nloss: dpo\nbeta: 0.1\nlora:\n  r: 16\n"
@@ -337,7 +338,7 @@ def test_no_content_of_the_files_stops_the_report(
 @given(rows)
 def test_no_numbers_stop_the_charts(metrics):
     metrics = [row | {"step": i} for i, row in enumerate(metrics)]
-    assert len(draw_charts(RunRecord("x", train=metrics, evals=metrics))) == 6
+    assert len(draw_charts(RunRecord("x", train=metrics, evals=metrics))) == 7
 
 
 @ONE_FOLDER
@@ -351,9 +352,9 @@ def test_bytes_that_are_no_text_do_not_stop_the_report(tmp_path, no_charts, name
 
 
 def test_a_chart_needs_data():
-    assert [chart.svg for chart in draw_charts(RunRecord("x"))] == [""] * 6
+    assert [chart.svg for chart in draw_charts(RunRecord("x"))] == [""] * 7
     one = RunRecord("x", train=[{"step": 1, "loss": 0.69}])
-    assert [bool(chart.svg) for chart in draw_charts(one)] == [True] + [False] * 5
+    assert [bool(chart.svg) for chart in draw_charts(one)] == [True] + [False] * 6
 
 
 def test_the_start_is_not_an_accuracy_of_zero():
@@ -510,3 +511,65 @@ def test_findings_come_worst_first():
     run.finished = False
     run.train[3]["non_finite"] = {"loss": "nan"}
     assert [note.level for note in health_notes(run)] == ["bad", "warn", "info"]
+
+
+# -- other kinds of runs
+
+
+def told(n=40, right=0.75):
+    bins = [{"low": 0.5, "high": 0.6, "n": n, "confidence": 0.55, "accuracy": right}]
+    return {"ece": abs(right - 0.55), "brier": 0.2, "log_loss": 0.6, "bins": bins}
+
+
+def kind(tmp_path, objective, unit, evaluation, metrics=()):
+    (tmp_path / "data_report.json").write_text(json.dumps({"objective": objective, "unit": unit}))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return read_run(tmp_path)
+
+
+def test_a_run_of_imitation_has_a_perplexity(tmp_path):
+    stages = {
+        stage: {"n": 50, "tokens": 4000, "loss": loss, "perplexity": math.exp(loss),
+                "perplexity_low": math.exp(loss) - 1, "perplexity_high": math.exp(loss) + 1}
+        for stage, loss in (("before", 3.0), ("after", 2.0))
+    }  # fmt: skip
+    rows = [{"step": 0, "eval_loss": 3.0, "eval_perplexity": 20.09}]
+    rows += [{"step": i, "loss": 3 - i / 10} for i in range(1, 11)]
+    run = kind(tmp_path, "sft", "dialogues", stages, rows)
+    text = whole_page(run)
+    assert "20.09 →" in text and "7.39" in text and "over 50 dialogues" in text
+    assert "Perplexity (95% interval)" in text and "Preference accuracy" not in text
+    assert [chart.title for chart in draw_charts(run)][:2] == ["Loss", "Perplexity"]
+    assert all(chart.svg for chart in draw_charts(run)[:2])
+
+
+def test_a_reward_model_has_scores_and_writes_no_samples(tmp_path):
+    after = {"n": 40, "accuracy": 0.75, "margin_mean": 0.4, "ties": 0, "calibration": told()}
+    after["sources"] = {"helpful": {"accuracy": 0.8}, "harmless": {"accuracy": 0.7}}
+    run = kind(tmp_path, "reward", "pairs", {"after": after})
+    text = whole_page(run)
+    assert "The same prompts" not in text and "under the reference" not in text
+    assert "Score margin" in text and "Log-probabilities" not in text
+    assert "Calibration error (ECE)" in text and "20.0%" in text
+    assert "Accuracy on helpful" in text and "80.0%" in text
+
+
+def test_calibration_is_drawn_where_pairs_were_told_apart(tmp_path):
+    def drawn(evaluation):
+        charts = {c.title: c.svg for c in draw_charts(kind(tmp_path, "dpo", "pairs", evaluation))}
+        return bool(charts["Calibration"])
+
+    assert drawn({"after": {"n": 40, "ties": 0, "calibration": told()}})
+    assert not drawn({"after": {"n": 40, "ties": 40, "calibration": told()}})
+    assert not drawn({"after": {"n": 40, "ties": 0, "calibration": {"bins": []}}})
+    assert not drawn({"after": {"n": 40, "ties": 0}}) and not drawn({})
+
+
+def test_the_stages_before_a_run_are_told_with_their_time(tmp_path):
+    rows = [{"stage": "SFT", "seconds": 61.2, "result": "perplexity <3>"}, {"stage": "DPO"}]
+    (tmp_path / "stages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = whole_page(read_run(tmp_path))
+    assert "The way here" in text and "1 min 01 s" in text and "perplexity &lt;3&gt;" in text
+    (tmp_path / "stages.jsonl").unlink()
+    assert "The way here" not in whole_page(read_run(tmp_path))

@@ -39,38 +39,48 @@ class Chart(NamedTuple):
 
 
 def draw_charts(run: RunRecord) -> list[Chart]:
-    """All curves of a preference-training run, in the order of the report."""
-    return [
-        Chart("Loss", "per pair; lower is better", _figure("loss", run, _loss)),
+    """All curves of a training run, in the order of the report."""
+    optimizer = Chart(
+        "Learning rate and gradient norm",
+        "gradient norm before clipping, log scale",
+        figure("optimizer", run, _optimizer, panels=2),
+    )
+    if run.kind == "sft":
+        loss = Chart("Loss", "nats per token; lower is better", figure("loss", run, _loss))
+        about = "held-out; the exponential of the loss: among how many tokens it is undecided"
+        return [loss, Chart("Perplexity", about, figure("ppl", run, _perplexity)), optimizer]
+    of_scores = run.kind == "reward"
+    what = "score" if of_scores else "reward"
+    charts = [
+        Chart("Loss", f"per {run.unit}; lower is better", figure("loss", run, _loss)),
         Chart(
-            "Reward margin",
-            "chosen minus rejected reward, mean per pair; reward = beta × (log-probability "
+            "Score margin" if of_scores else "Reward margin",
+            "chosen minus rejected score, mean per pair"
+            if of_scores
+            else "chosen minus rejected reward, mean per pair; reward = beta × (log-probability "
             "under the policy − under the reference)",
-            _figure("margin", run, _margin),
+            figure("margin", run, _margin),
         ),
         Chart(
             "Preference accuracy",
-            "share of pairs whose chosen answer has the higher reward; steps at which every pair "
+            f"share of pairs whose chosen answer has the higher {what}; steps at which every pair "
             "is a tie are left out",
-            _figure("accuracy", run, _accuracy),
+            figure("accuracy", run, _accuracy),
         ),
         Chart(
-            "Rewards",
-            "of the chosen and of the rejected answer; below zero the answer has become less "
-            "likely than under the reference",
-            _figure("rewards", run, _rewards),
-        ),
-        Chart(
-            "Log-probabilities",
-            "of the whole answer under the policy, in nats; solid trained on, dots held-out",
-            _figure("logps", run, _logps),
-        ),
-        Chart(
-            "Learning rate and gradient norm",
-            "gradient norm before clipping, log scale",
-            _figure("optimizer", run, _optimizer, panels=2),
+            "Scores" if of_scores else "Rewards",
+            "of the chosen and of the rejected answer"
+            + ("" if of_scores else "; below zero it is less likely than under the reference"),
+            figure("rewards", run, _rewards),
         ),
     ]
+    if not of_scores:
+        about = "of the whole answer under the policy, in nats; solid trained on, dots held-out"
+        charts.append(Chart("Log-probabilities", about, figure("logps", run, _logps)))
+    about = "share of held-out pairs that are right, against what their margin promises: "
+    about += "sigmoid(margin); on the dashed line it keeps its promise"
+    reliability = figure("reliability", run, _reliability, xlabel="confidence")
+    return [*charts, Chart("Calibration", about, reliability), optimizer]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -117,6 +127,31 @@ def _loss(axes: Any, run: RunRecord) -> bool:
     if len(first) and abs(first[0] - math.log(2)) < 0.02:
         _level(axis, math.log(2), "ln 2: nothing learned")
     return drawn
+
+
+def _perplexity(axes: Any, run: RunRecord) -> bool:
+    return _held_out(axes[0], run.evals, "eval_perplexity", "held", "held-out, 95% interval")
+
+
+def _reliability(axes: Any, run: RunRecord) -> bool:
+    """After training; the size of a point is how many pairs it stands for."""
+    after = run.evaluation.get("after")
+    told = after.get("calibration") if isinstance(after, dict) else None
+    rows = [row for row in (told or {}).get("bins", ()) if number(row.get("n"))]
+    if not rows or (after or {}).get("ties") == (after or {}).get("n"):
+        return False
+    x, y, n = (np.array([row[key] for row in rows]) for key in ("confidence", "accuracy", "n"))
+    axis = axes[0]
+    level = {"color": _COLOURS["muted"], "linewidth": 1, "linestyle": (0, (4, 3))}
+    axis.plot([0.5, 1], [0.5, 1], **level)
+    axis.plot(x, y, color=_COLOURS["held"], linewidth=1.1)
+    axis.scatter(x, y, s=20 + 180 * n / n.sum(), color=_COLOURS["held"], zorder=4)
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    axis.set_yticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axis.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9, 1], ["50%", "60%", "70%", "80%", "90%", "100%"])
+    axis.set_xlim(0.49, 1.01)
+    axis.set_ylim(-0.03, 1.05)
+    return True
 
 
 def _margin(axes: Any, run: RunRecord) -> bool:
@@ -229,8 +264,12 @@ def _plain_log_ticks(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _figure(
-    key: str, run: RunRecord, draw: Callable[[Any, RunRecord], bool], panels: int = 1
+def figure(
+    key: str,
+    run: RunRecord,
+    draw: Callable[[Any, RunRecord], bool],
+    panels: int = 1,
+    xlabel: str = "optimizer step",
 ) -> str:
     import matplotlib
     from matplotlib.figure import Figure
@@ -265,8 +304,9 @@ def _figure(
                 place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.99), "ncols": 4}
                 small = {"handlelength": 1.3, "columnspacing": 1.4, "borderpad": 0.2}
                 axis.legend(**place, **small, frameon=False, fontsize=11.5)
-        axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[-1].set_xlabel("optimizer step")
+        if xlabel == "optimizer step":
+            axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes[-1].set_xlabel(xlabel)
         buffer = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=empty)

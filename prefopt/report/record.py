@@ -31,7 +31,8 @@ Row = dict[str, Any]
 
 @dataclass
 class RunRecord:
-    """One run folder. `config` is flat ("lora.r": 16) and `finished` says a model was written."""
+    """One run folder. `config` is flat ("lora.r": 16), `finished` says a model was written, and
+    `stages` are the steps of a whole, of which this run is the last one."""
 
     name: str
     finished: bool = False
@@ -43,7 +44,19 @@ class RunRecord:
     env: Row = field(default_factory=dict)
     config_text: str = ""
     config: Row = field(default_factory=dict)
+    stages: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """ "sft", "reward" (scores of a reward model) or "pairs" (rewards against a reference)."""
+        objective = self.data.get("objective")
+        return str(objective) if objective in ("sft", "reward") else "pairs"
+
+    @property
+    def unit(self) -> str:
+        """What an item of the data is called: "pair", "dialogue", "ranking"."""
+        return str(self.data.get("unit") or "pairs").removesuffix("s")
 
     def setting(self, name: str) -> Any:
         """A configuration value by its name, or by the end of it where that is unambiguous."""
@@ -62,6 +75,8 @@ def read_run(run_dir: Path) -> RunRecord:
     run.data = _object(run_dir / "data_report.json", run.problems)
     run.evaluation = _object(run_dir / "evaluation.json", run.problems)
     run.env = _object(run_dir / "env.json", run.problems)
+    if (run_dir / "stages.jsonl").is_file():
+        run.stages = _lines(run_dir / "stages.jsonl", run.problems)
     with contextlib.suppress(OSError):
         run.config_text = (run_dir / "config.yaml").read_bytes().decode("utf-8", "replace")
     run.config = _settings(run.config_text, run.problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from prefopt.metrics import format_duration
 from prefopt.report.record import Row, RunRecord, number
 
 MISSING = "not recorded"
@@ -15,16 +16,32 @@ Show = Callable[[float], str]
 def evaluation_rows(run: RunRecord) -> list[tuple[str, str, str]]:
     """(what, before, after) of `evaluation.json`."""
     stages = [run.evaluation.get(stage) for stage in ("before", "after")]
-    before, after = (_evaluation_column(row if isinstance(row, dict) else {}) for row in stages)
+    column = _likelihood_column if run.kind == "sft" else _evaluation_column
+    before, after = (column(row if isinstance(row, dict) else {}) for row in stages)
     if not any(isinstance(row, dict) and row for row in stages):
         return []
-    return [(name, before[name], after[name]) for name in before]
+    return [(name, before.get(name, "–"), after.get(name, "–")) for name in before | after]
+
+
+def _cell(row: Row, show: Show, key: str, low: str = "", high: str = "") -> str:
+    value, least, most = (number(row.get(name)) for name in (key, low, high))
+    return "–" if value is None else show(value) + interval(least, most, show)
+
+
+def _likelihood_column(row: Row) -> dict[str, str]:
+    return {
+        "Dialogues": _cell(row, _count, "n"),
+        "Tokens": _cell(row, _count, "tokens"),
+        "Loss, nats per token": _cell(row, signed, "loss"),
+        "Perplexity (95% interval)": _cell(
+            row, signed, "perplexity", "perplexity_low", "perplexity_high"
+        ),
+    }
 
 
 def _evaluation_column(row: Row) -> dict[str, str]:
     def cell(show: Show, key: str, low: str = "", high: str = "") -> str:
-        value, least, most = (number(row.get(name)) for name in (key, low, high))
-        return "–" if value is None else show(value) + interval(least, most, show)
+        return _cell(row, show, key, low, high)
 
     column = {
         "Pairs": cell(_count, "n"),
@@ -41,11 +58,30 @@ def _evaluation_column(row: Row) -> dict[str, str]:
     low, high = (number(spread.get(q)) if isinstance(spread, dict) else None for q in QUANTILES)
     if low is not None and high is not None:
         column["Margin, middle 90% of pairs"] = f"{signed(low)} to {signed(high)}"
+    told = row.get("calibration")
+    if isinstance(told, dict):
+        column["Calibration error (ECE)"] = _cell(told, percent, "ece")
+        column["Log loss (a coin: 0.693)"] = _cell(told, signed, "log_loss")
+    parts = row.get("sources")
+    for name, part in (parts if isinstance(parts, dict) else {}).items():
+        column[f"Accuracy on {name}"] = _cell(
+            part, percent, "accuracy", "accuracy_low", "accuracy_high"
+        )
     if row.get("ties") and row.get("ties") == row.get("n"):  # 0% right would read as all wrong
         for name in column:
-            if name.startswith("Accuracy"):
+            if name.startswith(("Accuracy", "Calibration")):
                 column[name] = "every pair a tie"
     return column
+
+
+def stage_rows(run: RunRecord) -> list[tuple[str, str, str]]:
+    """(stage, time, what came of it) of `stages.jsonl`."""
+    rows = []
+    for row in run.stages:
+        seconds = number(row.get("seconds"))
+        time = "" if seconds is None else format_duration(seconds)
+        rows.append((_text(row.get("stage")), time, _text(row.get("result"))))
+    return rows
 
 
 def sample_pairs(run: RunRecord) -> list[dict[str, Any]]:
@@ -92,6 +128,7 @@ def data_tables(data: Row) -> dict[str, Any]:
     schema, why = _text(data.get("schema")), _text(data.get("reason"))
     notes = data.get("notes")
     known = {"source", "schema", "reason", "rows", "kept", "dropped", "dropped_at", "notes"}
+    known |= {"objective", "unit"}
     facts = [
         ("Source", _text(data.get("source")) or MISSING),
         ("Read as", f"{schema}: {why}" if why else schema or MISSING),

@@ -20,6 +20,7 @@ from prefopt.report.tables import (
     percent,
     sample_pairs,
     signed,
+    stage_rows,
 )
 
 MAX_SAMPLES = 24
@@ -43,11 +44,13 @@ def page(run: RunRecord) -> str:
 
     charts = [chart._replace(svg=Markup(chart.svg)) for chart in draw_charts(run)]
     samples = sample_pairs(run)
+    cards = _likelihood_cards if run.kind == "sft" else _preference_cards
     return _template().render(
         run=run,
         missing=MISSING,
         about=about(run),
-        cards=[_loss_card(run), *_preference_cards(run)],
+        cards=[_loss_card(run), *cards(run)],
+        stages=stage_rows(run),
         facts=facts(run),
         notes=health_notes(run),
         charts=charts,
@@ -78,7 +81,8 @@ def about(run: RunRecord) -> str:
     if not model and not data:
         return "What was trained, and on what, is not recorded."
     loss, rank, beta = run.setting("loss"), run.setting("lora.r"), number(run.setting("beta"))
-    how = f" with the {loss} loss" if isinstance(loss, str) else ""
+    how = {"sft": " by imitation", "reward": " as a reward model"}.get(run.kind, "")
+    how += f" with the {loss} loss" if isinstance(loss, str) else ""
     how += f" (beta {beta:g})" if how and beta is not None else ""
     if isinstance(rank, int):
         how += f", LoRA of rank {rank}"
@@ -98,7 +102,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     plural = "" if len(epochs) and round(epochs[-1], 3) == 1 else "s"
     epoch = f" ({epochs[-1]:.3g} epoch{plural})" if len(epochs) else ""
     out = [
-        ("Pairs read", MISSING if kept is None else f"{kept:,.0f}"),
+        (f"{run.unit.capitalize()}s read", MISSING if kept is None else f"{kept:,.0f}"),
         ("Steps", size + epoch),
         ("Time", format_duration(seconds.max()) if len(seconds) else MISSING),
         ("Tokens per second", format_count(float(np.median(rate))) if len(rate) else MISSING),
@@ -117,10 +121,24 @@ def _loss_card(run: RunRecord) -> Card:
     over = f" (mean of the last {count} logged steps)" if count > 1 else ""
     text = f"Training loss went from {train[0]:.4f} to {train[1]:.4f}{over}"
     if len(held) > 1:
-        text += f"; on held-out pairs it went from {held[0]:.4f} to {held[-1]:.4f}"
+        text += f"; on held-out {run.unit}s it went from {held[0]:.4f} to {held[-1]:.4f}"
     elif len(held):
-        text += f"; on held-out pairs it is {held[-1]:.4f}"
+        text += f"; on held-out {run.unit}s it is {held[-1]:.4f}"
     return Card("Loss", f"{train[0]:.3f}", f"{train[1]:.3f}", text + ".")
+
+
+def _likelihood_cards(run: RunRecord) -> list[Card]:
+    stages = (run.evaluation.get(stage) for stage in ("before", "after"))
+    before, after = (stage if isinstance(stage, dict) else {} for stage in stages)
+    old, new = (number(stage.get("perplexity")) for stage in (before, after))
+    if new is None:
+        return [Card("Perplexity", MISSING, "", "No evaluation was recorded.")]
+    low, high = (number(after.get(f"perplexity_{end}")) for end in ("low", "high"))
+    bounds = interval(low, high, "{:.2f}".format, "95% interval ")
+    text = f"Held-out perplexity is {new:.2f}{bounds}"
+    text += f" over {number(after.get('n')) or 0:,.0f} dialogues"
+    text += "." if old is None else f"; before training it was {old:.2f}."
+    return [Card("Perplexity", "" if old is None else f"{old:.2f}", f"{new:.2f}", text)]
 
 
 class _Measured(NamedTuple):
