@@ -1,9 +1,11 @@
 """The objective of reward models: loss, metrics, evaluation, training, resuming."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,3 +387,24 @@ def test_pairs_with_sources_are_judged_by_source(tiny_model, tiny_rows):
     result = evaluate(policy, batches_of(policy, list(encoded)), Reward())
     assert result.summary["sources"].keys() == {"s0", "s1"}
     assert "rewards/accuracies/s0" in result.metrics
+
+
+def test_the_example_ends_with_both_answers_scored_by_transformers(tmp_path, capsys, monkeypatch):
+    path = Path(__file__).parents[1] / "examples" / "reward_model.py"
+    spec = importlib.util.spec_from_file_location("reward_example", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    few = load_preferences(example.EMBEDDED / "preferences.jsonl.gz")[:80]
+    monkeypatch.setattr(example, "load_preferences", lambda path: few)
+    example.main(str(tmp_path / "run"))
+    *_, accuracy, good, bad = capsys.readouterr().out.strip().splitlines()
+    assert accuracy.startswith("held-out accuracy")
+    assert float(good.split()[0]) > float(bad.split()[0])
+    policy = Policy.from_pretrained(tmp_path / "run")
+    chosen, rejected = ([Message("assistant", answer)] for answer in example.ANSWERS)
+    pair = Pair([Message(**example.QUESTION)], chosen, rejected)
+    items = Reward().encode([pair], policy.tokenizer, max_length=128, template="auto")
+    with torch.no_grad():
+        ours = policy.normalised(policy(batches_of(policy, list(items))[0]))
+    assert [f"{s:+.2f}" for s in ours.tolist()] == [good.split()[0], bad.split()[0]]
