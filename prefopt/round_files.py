@@ -1,18 +1,15 @@
-"""What rounds leave behind: rounds.json, the pairs of a round with their lineage, the table."""
+"""What rounds leave behind: rounds.json, its figures, the table."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefopt.data.pairing import pair_up
-from prefopt.data.records import Message
 from prefopt.durable import write_json
 from prefopt.errors import InputError
 from prefopt.sampling import Answers
@@ -103,52 +100,6 @@ def repeated(text: str) -> float:
     words = text.split()
     grams = list(zip(*(words[i:] for i in range(GRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def pair_rows(
-    answers: Sequence[Answers],
-    combined: Sequence[Sequence[float]],
-    prompts: Mapping[int, list[Message]],
-    lineage: Mapping[str, Any],
-    **pairing: Any,
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """(rows of pairs.jsonl, comparisons that made no pair by reason).
-
-    A row is a preference pair, as load_preferences reads it, and its ``lineage``: what is given
-    here, the number of the prompt, which two samples, and what every reward says of them.
-    """
-    rows, dropped = [], Counter()
-    for answer, scores in zip(answers, combined, strict=True):
-        paired = pair_up(prompts[answer.prompt], answer.responses, scores, **pairing)
-        dropped.update(paired.dropped)
-        for pair, picked in zip(paired.pairs, paired.picks, strict=True):
-            about = {
-                "prompt": answer.prompt,
-                "chosen": picked[0],
-                "rejected": picked[1],
-                "finish": [answer.finish[i] for i in picked],
-                "scores": {k: [s[i] for i in picked] for k, s in answer.scores.items()},
-                "combined": [scores[i] for i in picked],
-            }
-            sides = {k: [m._asdict() for m in getattr(pair, k)] for k in SIDES}
-            rows.append({**sides, "margin": pair.margin, "lineage": {**lineage, **about}})
-    return rows, dropped
-
-
-SIDES = ("prompt", "chosen", "rejected")
-
-
-def accuracies(margins: np.ndarray, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of every reward, the share of pairs (of those it does not hold for equal) in which the margin
-    [n] of the policy has the sign of the reward's own preference."""
-    out: dict[str, Any] = {}
-    for name in rows[0]["lineage"]["scores"]:
-        scores = np.array([row["lineage"]["scores"][name] for row in rows])
-        wish = np.sign(scores[:, 0] - scores[:, 1])
-        told = wish != 0
-        right = (np.sign(margins) == wish)[told]
-        out[name] = {"accuracy": float(right.mean()) if told.any() else None, "n": int(told.sum())}
-    return out
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -26,25 +26,22 @@ import numpy as np
 import torch
 
 from prefopt import loading
-from prefopt.config import TrainConfig, default_cache
-from prefopt.data.encode import EncodedSet
+from prefopt.config import TrainConfig
 from prefopt.data.mixing import check_weights
-from prefopt.data.packing import Batch, pack
 from prefopt.data.pairing import pair_up
 from prefopt.data.prompts import load_prompts
 from prefopt.data.records import Message, Pair
 from prefopt.data.sources import load_preferences
 from prefopt.data.split import split_pairs
 from prefopt.errors import InputError
-from prefopt.evaluate import evaluate
 from prefopt.metrics import Progress
 from prefopt.nn.lora_config import LoraConfig
 from prefopt.objectives.dpo import DPO
 from prefopt.policy import Policy
 from prefopt.prepare import context_length
-from prefopt.reference import ReferenceCache
 from prefopt.rewards import Reward, check_reward, combine, load_reward
-from prefopt.round_files import RoundsFile, accuracies, figures, pair_rows, show
+from prefopt.round_files import RoundsFile, figures, show
+from prefopt.round_pairs import AsSampled, held_out_batches, judge, pair_rows
 from prefopt.sampling import (
     Answers,
     Sampler,
@@ -221,14 +218,14 @@ class _Rounds:
     def split(self) -> None:
         """Which prompts are asked in training and which are held out, of those that fit."""
         config, limit = self.config, self.sampler.max_new_tokens
-        self.longest = min(config.max_length, context_length(self.policy))
+        longest = min(config.max_length, context_length(self.policy))
         asked = list(self.prompts)
         lengths = prompt_lengths(asked, self.policy.tokenizer, config.template)
-        fitting = [i for i, n in enumerate(lengths) if n is not None and n + limit <= self.longest]
+        fitting = [i for i, n in enumerate(lengths) if n is not None and n + limit <= longest]
         if not fitting:
             raise InputError(
                 f"none of the {len(asked):,} prompts leaves room for {limit} new tokens within "
-                f"{self.longest}; lower max_new_tokens or raise max_length"
+                f"{longest}; lower max_new_tokens or raise max_length"
             )
         places = [Pair(asked[i], [], []) for i in fitting]
         train_at, held_at = split_pairs(places, config.eval_fraction)
@@ -247,10 +244,10 @@ class _Rounds:
             say(f"round {k}", "bold")
         answers, held = self.sampled(k), self.held_out(k - 1)
         rows, dropped = self.pairs(k, answers, held)
-        objective = _AsSampled(self.objective, rows)
+        objective = AsSampled(self.objective, rows)
         judged = [row for row in rows if row["lineage"]["held_out"]]
         pairs = load_preferences(self.dir(k) / "pairs.jsonl")
-        batches = self.held_out_batches(objective, pairs, rows)
+        batches = held_out_batches(objective, self.policy, pairs, rows, self.config, self.stop)
         self.train(k, objective, pairs, bool(judged))
         self.load_policy(k)
         return {
@@ -261,7 +258,7 @@ class _Rounds:
             "held_out_pairs": len(judged),
             "dropped": dropped,
             "sampled": figures(answers),
-            "evaluation": self.judge(objective, batches, rows),
+            "evaluation": judge(objective, self.policy, batches, rows, self.stop),
             "held_out": figures(self.held_out(k)),
         }
 
@@ -328,85 +325,15 @@ class _Rounds:
             eval_fraction=self.config.eval_fraction if held_out else 0.0,
         )
         start = self.dir(k - 1).absolute() if k > 1 else self.model
-        settings = {
-            **self.settings,
-            **{
-                "round": k,
-                "model": str(start),
-                "data": str(self.dir(k).absolute() / "pairs.jsonl"),
-            },
-            **{"split": None, "columns": None},
-            **{name: None if v is None else str(v) for name, v in self.load.items()},
-        }
+        data = self.dir(k).absolute() / "pairs.jsonl"
+        about = {"round": k, "model": str(start), "data": str(data), "split": None, "columns": None}
+        load = {name: None if value is None else str(value) for name, value in self.load.items()}
+        settings = {**self.settings, **about, **load}
         self.stop.check()
         run = train(objective, self.policy, pairs, config, quiet=self.quiet, settings=settings)
         if run.stopped:
             raise Stopped
         self.stop.check()
-
-    # -- what it did to the held-out pairs
-
-    def held_out_batches(
-        self, objective: Any, pairs: Any, rows: list[dict[str, Any]]
-    ) -> list[Batch]:
-        """The held-out pairs, packed as train() packs them, with the reference of this round."""
-        if not any(row["lineage"]["held_out"] for row in rows):
-            return []
-        policy, config = self.policy, self.config
-        policy.use_float32_masters()  # as in training: then its reference log-probs are these
-        options = {"max_length": self.longest, "template": config.template}
-        encoded = objective.encode(pairs, policy.tokenizer, **options)
-        items = [item for item in encoded if rows[item.index]["lineage"]["held_out"]]
-        tokens = {"max_tokens": config.micro_tokens, "layout": policy.layout}
-        batches = list(pack(items, ends=objective.ends, **tokens))
-        if not objective.needs_reference:
-            return batches
-        cache = ReferenceCache(config.cache or default_cache())
-        with promptly(self.stop):
-            refs = cache.logprobs(policy, batches, key=policy.reference_key())
-            return [
-                dataclasses.replace(batch, ref_logprobs=ref)
-                for batch, ref in zip(batches, refs, strict=True)
-            ]
-
-    def judge(
-        self, objective: Any, batches: list[Batch], rows: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Does the trained policy prefer what the rewards do, overall and each on its own?"""
-        if not batches:
-            return {}
-        result = evaluate(self.policy, batches, objective, on_batch=lambda _: self.stop.check())
-        at = [item.index for batch in batches for item in batch.encoded]
-        keys = ("n", "accuracy", "accuracy_low", "accuracy_high", "margin_mean")
-        return {
-            **{key: result.summary[key] for key in keys},
-            "rewards": accuracies(result.margins, [rows[i] for i in at]),
-        }
-
-
-class _AsSampled:
-    """The objective, for which a response that was cut at the limit of sampling has no end: with
-    one it would be taught to stop in the middle of a sentence."""
-
-    def __init__(self, objective: Any, rows: Sequence[dict[str, Any]]):
-        self.objective = objective
-        self.cut = [[f == "length" for f in row["lineage"]["finish"]] for row in rows]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.objective, name)
-
-    def __call__(self, policy: Policy, batch: Batch) -> Any:
-        return self.objective(policy, batch)
-
-    def encode(self, data: Any, tokenizer: Any, **options: Any) -> EncodedSet:
-        encoded, items = self.objective.encode(data, tokenizer, **options), []
-        for item in encoded:
-            responses = list(item.responses)
-            for i, cut in enumerate(self.cut[item.index]):
-                if cut and responses[i][-1] == tokenizer.eos_token_id and len(responses[i]) > 1:
-                    responses[i] = responses[i][:-1]
-            items.append(dataclasses.replace(item, responses=tuple(responses)))
-        return EncodedSet(items, encoded.counts, encoded.template)
 
 
 def _digest(prompts: Sequence[list[Message]]) -> str:

@@ -25,7 +25,8 @@ from prefopt.nn.heads import ScoreStats
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.sft import SFT
 from prefopt.round_files import figures, repeated, table
-from prefopt.rounds import _AsSampled, iterate
+from prefopt.round_pairs import AsSampled
+from prefopt.rounds import iterate
 from prefopt.rundir import RunDir
 from prefopt.sampling import Answers, Sampler, read_rows
 
@@ -471,6 +472,21 @@ def test_without_held_out_prompts(bench):
     assert "reward" not in str(table(rounds_of(bench.dir("out"))).title)
 
 
+def test_held_out_prompts_that_make_no_pair_hold_nothing_out(bench, whole):
+    """Then every pair is trained on, where split_pairs alone would hold one out."""
+    held = {ASKED[a["prompt"]] for a in read_rows(whole[0] / "round-0" / "held_out.jsonl")}
+
+    def blind(prompts, responses):
+        pairs = zip(prompts, es(None, responses), strict=True)
+        return [0.0 if prompt[-1].content in held else x for prompt, x in pairs]
+
+    (result,) = bench.run("out", blind, rounds=1)
+    assert result.row["held_out_pairs"] == 0 and result.row["evaluation"] == {}
+    assert not (result.dir / "evaluation.json").exists()
+    report = json.loads((result.dir / "data_report.json").read_text())["encoding"]
+    assert report["train pairs"] == result.row["pairs"] > 3
+
+
 def test_an_answer_that_was_cut_has_no_end(tiny_model):
     from transformers import AutoTokenizer
 
@@ -480,7 +496,7 @@ def test_an_answer_that_was_cut_has_no_end(tiny_model):
         {"prompt": "q", "chosen": "a good answer", "rejected": "a bad one"},
     ]
     cut = [["stop", "length"], ["length", "stop"]]
-    objective = _AsSampled(DPO(), [{"lineage": {"finish": f}} for f in cut])
+    objective = AsSampled(DPO(), [{"lineage": {"finish": f}} for f in cut])
     options = {"max_length": 64, "template": "auto"}
     given = objective.encode(load_preferences(rows), tokenizer, **options)
     usual = encode_pairs(load_preferences(rows), tokenizer, max_length=64)
