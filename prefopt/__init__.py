@@ -23,12 +23,30 @@ _MODULE_OF = {
     "losses": "losses",
     "PairLogps": "losses",
     "LOSSES": "losses",
+    "REFERENCE_FREE": "losses",
+    "WHOLE_BATCH": "losses",
     "loss_from": "loss_names",
+    "f_divergence": "shaping",
+    "desensitised": "shaping",
+    "wpo_weights": "shaping",
+    "bradley_terry": "ranking",
+    "plackett_luce": "ranking",
     "Message": "data.records",
     "Pair": "data.records",
+    "Dialogue": "data.records",
+    "Ranking": "data.records",
+    "Feedback": "data.records",
     "DataReport": "data.records",
     "load_preferences": "data.sources",
+    "load_dialogues": "data.dialogues",
+    "load_rankings": "data.rankings",
+    "load_feedback": "data.feedback",
+    "load_prompts": "data.prompts",
+    "mix": "data.mixing",
     "encode_pairs": "data.encode",
+    "encode_dialogues": "data.encode_dialogues",
+    "encode_rankings": "data.encode_rankings",
+    "encode_feedback": "data.encode",
     "Batch": "data.packing",
     "pack": "data.packing",
     "LoraConfig": "nn.lora_config",
@@ -50,8 +68,13 @@ _MODULE_OF = {
     "ReferenceCache": "reference",
     "optimizer_step": "step",
     "DPO": "objectives.dpo",
+    "KTO": "objectives.kto",
+    "SFT": "objectives.sft",
+    "Reward": "objectives.reward",
     "evaluate": "evaluate",
     "train": "train",
+    "load_reward": "rewards",
+    "iterate": "rounds",
     "Run": "train",
 }
 _FUNCTIONS_NAMED_LIKE_THEIR_MODULE = ("evaluate", "train")
@@ -60,12 +83,23 @@ _FUNCTIONS_NAMED_LIKE_THEIR_MODULE = ("evaluate", "train")
 if TYPE_CHECKING:
     from prefopt import losses as losses
     from prefopt.config import TrainConfig as TrainConfig
+    from prefopt.data.dialogues import load_dialogues as load_dialogues
+    from prefopt.data.encode import encode_feedback as encode_feedback
     from prefopt.data.encode import encode_pairs as encode_pairs
+    from prefopt.data.encode_dialogues import encode_dialogues as encode_dialogues
+    from prefopt.data.encode_rankings import encode_rankings as encode_rankings
+    from prefopt.data.feedback import load_feedback as load_feedback
+    from prefopt.data.mixing import mix as mix
     from prefopt.data.packing import Batch as Batch
     from prefopt.data.packing import pack as pack
+    from prefopt.data.prompts import load_prompts as load_prompts
+    from prefopt.data.rankings import load_rankings as load_rankings
     from prefopt.data.records import DataReport as DataReport
+    from prefopt.data.records import Dialogue as Dialogue
+    from prefopt.data.records import Feedback as Feedback
     from prefopt.data.records import Message as Message
     from prefopt.data.records import Pair as Pair
+    from prefopt.data.records import Ranking as Ranking
     from prefopt.data.sources import load_preferences as load_preferences
     from prefopt.errors import InputError as InputError
     from prefopt.evaluate import evaluate as evaluate
@@ -77,6 +111,8 @@ if TYPE_CHECKING:
     from prefopt.logprobs import token_logprobs_and_reference as token_logprobs_and_reference
     from prefopt.loss_names import loss_from as loss_from
     from prefopt.losses import LOSSES as LOSSES
+    from prefopt.losses import REFERENCE_FREE as REFERENCE_FREE
+    from prefopt.losses import WHOLE_BATCH as WHOLE_BATCH
     from prefopt.losses import PairLogps as PairLogps
     from prefopt.nn.bnb_format import load_bnb as load_bnb
     from prefopt.nn.bnb_format import save_bnb as save_bnb
@@ -93,8 +129,18 @@ if TYPE_CHECKING:
     from prefopt.nn.peft_format import save_adapter as save_adapter
     from prefopt.nn.quantize import quantize_model as quantize_model
     from prefopt.objectives.dpo import DPO as DPO
+    from prefopt.objectives.kto import KTO as KTO
+    from prefopt.objectives.reward import Reward as Reward
+    from prefopt.objectives.sft import SFT as SFT
     from prefopt.policy import Policy as Policy
+    from prefopt.ranking import bradley_terry as bradley_terry
+    from prefopt.ranking import plackett_luce as plackett_luce
     from prefopt.reference import ReferenceCache as ReferenceCache
+    from prefopt.rewards import load_reward as load_reward
+    from prefopt.rounds import iterate as iterate
+    from prefopt.shaping import desensitised as desensitised
+    from prefopt.shaping import f_divergence as f_divergence
+    from prefopt.shaping import wpo_weights as wpo_weights
     from prefopt.step import optimizer_step as optimizer_step
     from prefopt.train import Run as Run
     from prefopt.train import train as train

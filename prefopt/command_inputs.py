@@ -81,6 +81,17 @@ def pairs_or_rankings(source: Any, **options: Any) -> Any:
     return _pairs_or(load_rankings, set(RESPONSES), source, options)
 
 
+def pairs_or_dialogues(source: Any, **options: Any) -> Any:
+    """For imitation; of pairs, which hold out the same prompts here as elsewhere, the chosen."""
+    from prefopt.data.dialogues import load_dialogues
+    from prefopt.data.sources import Preferences
+
+    result = _pairs_or(load_dialogues, None, source, options)
+    if isinstance(result, Preferences):
+        result.report.notes.append("the chosen responses are imitated")
+    return result
+
+
 def pairs_or_feedback(source: Any, **options: Any) -> Any:
     """For KTO."""
     from prefopt.data.feedback import load_feedback
@@ -89,18 +100,18 @@ def pairs_or_feedback(source: Any, **options: Any) -> Any:
 
 
 def _pairs_or(
-    load: Callable[..., Any], marks: set[str], source: Any, options: dict[str, Any]
+    load: Callable[..., Any], marks: set[str] | None, source: Any, options: dict[str, Any]
 ) -> Any:
-    """Pairs, but for rows that have one of the columns ``marks`` and nothing chosen."""
+    """Pairs where the columns say which response was chosen; else what ``load`` makes of the rows
+    if they have one of the columns ``marks`` (None: in any case)."""
     from prefopt.data.files import open_rows
     from prefopt.data.schemas import RANKED_COLUMNS
     from prefopt.data.sources import SAMPLE, load_preferences
 
+    columns = options.get("columns") or {}
     _, rows = open_rows(source, options.get("split"))
-    names = {*(key for _, row in islice(rows, SAMPLE) for key in row), *(options["columns"] or {})}
+    names = {*columns, *(key for _, row in islice(rows, SAMPLE) for key in row)}
     pairs = any(set(two) <= names for two in RANKED_COLUMNS)
-    return (
-        load_preferences(source, **options)
-        if pairs or not marks & names
-        else load(source, **options)
-    )
+    if pairs or not (marks is None or marks & names):
+        return load_preferences(source, **options)
+    return load(source, **options)

@@ -1,7 +1,8 @@
 """`prefopt demo`: the whole way on the tiny model in the package, in a minute or two of CPU.
 
 Its assistant was pretrained on answers of both kinds, helpful and polite as well as curt, wrong,
-rude or unsafe, about equally often. DPO on pairs of the two changes which of them it gives.
+rude or unsafe, about equally often. Imitating the better answers and DPO on pairs of the two change
+which of them it gives; a reward model trained on the same pairs says by how much.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prefopt import loading
+from prefopt import durable, loading
 from prefopt.config import TrainConfig
 from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
@@ -22,52 +25,138 @@ from prefopt.errors import InputError
 from prefopt.metrics import format_duration
 from prefopt.nn.lora import LoraConfig
 from prefopt.objectives.dpo import DPO
+from prefopt.objectives.reward import Reward
+from prefopt.objectives.sft import SFT
 from prefopt.policy import Generation, Policy
 from prefopt.report import write_report
+from prefopt.rewards import load_reward
 from prefopt.rundir import RunDir
 from prefopt.train import train
 
-SETTINGS: dict[str, Any] = {"lr": 3e-4, "max_length": 256, "save_every": 0}
-BETA = 0.1
+SETTINGS: dict[str, Any] = {"max_length": 256, "save_every": 0, "samples": 0}
+SFT_STEPS, BETA = 40, 0.1
+
+
+@dataclass
+class Demo:
+    """Where its runs go, and what the stages so far took and said."""
+
+    folder: Path
+    max_steps: int | None
+    say: Callable[..., None]
+    stages: list[dict[str, Any]]
+
+    def stage(self, name: str, work: Callable[[], str]) -> None:
+        """Do it, print its heading and result, and keep time and result for the report."""
+        self.say(f"{len(self.stages) + 1}. {name}", "bold")
+        began = time.monotonic()
+        result = work()
+        self.say(f"   {result}", "green")
+        row = {"stage": name, "seconds": time.monotonic() - began, "result": result}
+        self.stages.append(row)
+
+    def run(self, name: str, objective: Any, policy: Policy, data: Any, **changes: Any) -> Any:
+        """Train into a folder of its own; its evaluation before and after, None when stopped."""
+        steps = changes.pop("max_steps", None)
+        steps = min(steps or self.max_steps or 0, self.max_steps or steps or 0) or None
+        config = TrainConfig(
+            str(self.folder / name), max_steps=steps, cache=str(self.folder / "reference"),
+            **{**SETTINGS, **changes},
+        )  # fmt: skip
+        recorded = {"model": "embedded" if name == "sft" else "sft", "data": "embedded"}
+        if train(objective, policy, data, config, settings=recorded).stopped:
+            raise _Stopped
+        return json.loads((self.folder / name / "evaluation.json").read_text())
+
+
+class _Stopped(Exception):
+    pass
 
 
 def run_demo(out: str | None, max_steps: int | None, say) -> int:
-    """Check the data, train, and show the same prompts before and after. ``say`` prints a line."""
+    """Data check, SFT, reward model, DPO; the same prompts on the way. ``say`` prints a line."""
     began = time.monotonic()
     folder = Path(out) if out else _new_folder(Path("runs"))
-    settings = {**SETTINGS, **({"max_steps": max_steps} if max_steps else {})}
-    config = TrainConfig(str(folder), samples=0, cache=str(folder / "reference"), **settings)
-    RunDir(folder, resuming=False)
-
-    say("1. data", "bold")
-    data = load_preferences(str(loading.EMBEDDED / "preferences.jsonl.gz"))
-    data.report.source = "embedded"
-    for line in data.report.lines():
-        say(f"   {line}")
-    torch.manual_seed(config.seed)
-    policy = Policy.from_pretrained("embedded", lora=LoraConfig(), dtype="float32")
-    prompts = _prompts()
-    before = policy.generate(prompts, max_new_tokens=48)
-
-    say("2. DPO", "bold")
-    recorded = {"command": "demo", "model": "embedded", "data": "embedded", "beta": BETA}
-    run = train(DPO(beta=BETA), policy, data, config, settings=recorded)
-    if run.stopped:
+    for name in ("sft", "reward", "dpo"):
+        RunDir(folder / name, resuming=False)
+    demo = Demo(folder, max_steps, say, [])
+    try:
+        answers = _stages(demo)
+    except _Stopped:
         say("stopped")
         return 0
-    after = policy.generate(prompts, max_new_tokens=48)
-    book = RunDir(folder, resuming=True)
-    book.add_samples(0, "before", prompts, before)
-    book.add_samples(config.max_steps or 0, "after", prompts, after)
+    book = RunDir(folder / "dpo", resuming=True)
+    prompts = _prompts()
+    for step, stage in enumerate(answers):
+        place = {0: "before", len(answers) - 1: "after"}.get(step, stage)
+        book.add_samples(step, place, prompts, answers[stage])
+    lines = "".join(json.dumps(row) + "\n" for row in demo.stages)
+    durable.write_bytes(folder / "dpo" / "stages.jsonl", lines.encode())
 
-    say("3. the same prompts before and after", "bold")
-    for prompt, old, new in zip(prompts, before, after, strict=True):
+    say("the same prompts on the way", "bold")
+    for i, prompt in enumerate(prompts):
         say(f"   > {prompt[-1].content}", "dim")
-        say(f"     before: {_shown(old)}")
-        say(f"     after:  {_shown(new)}", "green")
-    say(f"4. held-out pairs: {_verdict(folder)}", "bold")
-    say(f"{format_duration(time.monotonic() - began)}; report: {write_report(folder)}")
+        for stage, given in answers.items():
+            say(f"     {stage + ':':<10} {_shown(given[i])}", "green" if stage == "DPO" else None)
+    say(f"{format_duration(time.monotonic() - began)}; report: {write_report(folder / 'dpo')}")
     return 0
+
+
+def _stages(demo: Demo) -> dict[str, list[Generation]]:
+    """All of it, in order; the answers to the demo's prompts by stage."""
+    rows = str(loading.EMBEDDED / "preferences.jsonl.gz")
+    prompts, known, answers = _prompts(), {}, {}
+
+    def check() -> str:
+        known["pairs"] = load_preferences(rows)
+        known["pairs"].report.source = "embedded"
+        report = known["pairs"].report
+        dropped = f", {sum(report.dropped.values()):,} dropped" if report.dropped else ""
+        return f"{report.kept:,} preference pairs ({report.schema}){dropped}"
+
+    def sft() -> str:
+        policy = _policy("embedded", lora=None)
+        answers["start"] = policy.generate(prompts, max_new_tokens=48)
+        found = demo.run("sft", SFT(), policy, known["pairs"], max_steps=SFT_STEPS, lr=2e-4)
+        answers["SFT"] = policy.generate(prompts, max_new_tokens=48)
+        old, new = (found[stage]["perplexity"] for stage in ("before", "after"))
+        return f"perplexity of the better answers, held out: {old:.2f} before, {new:.2f} after"
+
+    def reward() -> str:
+        policy = _policy(demo.folder / "sft", lora=LoraConfig(), head="score")
+        found = demo.run("reward", Reward(center=0.01), policy, known["pairs"], lr=3e-4)["after"]
+        return (
+            f"tells the better answer in {_share(found)}; its confidence is off by "
+            f"{found['calibration']['ece']:.1%}"
+        )
+
+    def dpo() -> str:
+        policy = _policy(demo.folder / "sft", lora=LoraConfig())
+        found = demo.run("dpo", DPO(beta=BETA), policy, known["pairs"], lr=3e-4)
+        answers["DPO"] = policy.generate(prompts, max_new_tokens=48)
+        before, after = found["before"], found["after"]
+        return (
+            f"the better answer was the likelier one in {before['logps/accuracies']:.0%}, now "
+            f"{after['logps/accuracies']:.0%}; preferred more than before in {_share(after)}"
+        )
+
+    def scores() -> str:
+        judge = load_reward(str(demo.folder / "reward"), device="cpu", dtype="float32")
+        means = []
+        for stage, given in answers.items():
+            values = judge(prompts, [answer.text for answer in given])
+            means.append(f"{stage} {sum(values) / len(values):.2f}")
+        return f"mean reward of the answers to {len(prompts)} prompts: {', '.join(means)}"
+
+    for name, work in (("data check", check), ("SFT", sft), ("reward model", reward),
+                       ("DPO", dpo), ("rewards of the answers", scores)):  # fmt: skip
+        demo.stage(name, work)
+    return answers
+
+
+def _policy(model: str | Path, **options: Any) -> Policy:
+    torch.manual_seed(0)  # what is drawn: the adapter's A, a new head
+    return Policy.from_pretrained(model, dtype="float32", device="cpu", **options)
 
 
 def _new_folder(parent: Path) -> Path:
@@ -87,12 +176,6 @@ def _shown(answer: Generation) -> str:
     return answer.text.strip() + ("" if answer.finish == "stop" else " ...")
 
 
-def _verdict(folder: Path) -> str:
-    """Accuracy before is that of the model's own log-probs: its margins are all 0 by definition."""
-    known = json.loads((folder / "evaluation.json").read_text())
-    before, after = known["before"], known["after"]
-    return (
-        f"the polite answer was the likelier one in {before['logps/accuracies']:.0%}, now "
-        f"{after['logps/accuracies']:.0%}; preferred more than before in {after['accuracy']:.0%} "
-        f"[{after['accuracy_low']:.0%}, {after['accuracy_high']:.0%}] of {after['n']}"
-    )
+def _share(summary: dict[str, Any]) -> str:
+    low, high = summary["accuracy_low"], summary["accuracy_high"]
+    return f"{summary['accuracy']:.0%} [{low:.0%}, {high:.0%}] of {summary['n']} held-out pairs"

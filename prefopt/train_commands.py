@@ -13,6 +13,7 @@ from prefopt.command_inputs import (
     Dtype,
     Quantize,
     load_policy,
+    pairs_or_dialogues,
     pairs_or_feedback,
     pairs_or_rankings,
     records,
@@ -89,11 +90,10 @@ def sft(
     Args:
         loss_on: tokens that are learnt, the assistant's turns or all.
     """
-    from prefopt.data.dialogues import load_dialogues
     from prefopt.objectives.sft import SFT
 
     settings = {"loss_on": loss_on}
-    return _run(SFT(loss_on=loss_on), config, setup, load_dialogues, settings)
+    return _run(SFT(loss_on=loss_on), config, setup, pairs_or_dialogues, settings)
 
 
 def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float = 0.0) -> int:
@@ -218,10 +218,11 @@ def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
             raise InputError("data_weights weighs several sets; give --data as {name: file, ...}")
         return records(load, setup.data, setup.split, setup.columns, quiet=setup.quiet)
     from prefopt.data.mixing import mix
+    from prefopt.data.prompts import load_prompts
     from prefopt.data.sources import load_preferences
 
-    if load not in (load_preferences, pairs_or_rankings, pairs_or_feedback):
-        raise InputError("--data is one source here; only preference pairs can be mixed")
+    if load is load_prompts:
+        raise InputError("--data is one source here; several can be mixed where pairs are read")
     parts = {
         name: records(load_preferences, path, setup.split, setup.columns, quiet=setup.quiet)
         for name, path in setup.data.items()

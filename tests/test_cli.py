@@ -223,12 +223,21 @@ def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prefopt.demo, "load_preferences", lambda path: every(every(path)[:40]))
     assert main(["demo", "--out", str(tmp_path / "demo"), "--max_steps", "2"]) == 0
     text, progress = capsys.readouterr()
-    for part in ("1. data", "2. DPO", "before: ", "after:  ", "4. held-out pairs: ", "report: "):
+    stages = ("1. data check", "2. SFT", "3. reward model", "4. DPO", "5. rewards of the answers")
+    for part in (*stages, "start: ", "perplexity", "is off by", "report: "):
         assert part in text, part
     assert "train 2/2" in progress and "it/s" not in progress
-    assert text.rstrip().endswith(str(tmp_path / "demo" / "report.html"))
-    samples = (tmp_path / "demo" / "samples.jsonl").read_text().splitlines()
-    assert len(samples) >= 2 and (tmp_path / "demo" / "model").is_dir()
+    last = tmp_path / "demo" / "dpo"
+    assert text.rstrip().endswith(str(last / "report.html"))
+    told = [json.loads(line) for line in (last / "stages.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in told] == [stage[3:] for stage in stages]
+    assert all(row["seconds"] >= 0 for row in told)
+    assert "The way here" in (last / "report.html").read_text()
+    given = [json.loads(line) for line in (last / "samples.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in given][:: len(given) // 3] == ["before", "SFT", "after"]
+    for name in ("sft", "reward", "dpo"):
+        assert (tmp_path / "demo" / name / "model").is_dir()
+    assert (tmp_path / "demo" / "reward" / "model" / "score_stats.json").is_file()
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "already holds a run" in capsys.readouterr().err
 
