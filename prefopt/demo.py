@@ -63,7 +63,9 @@ class Demo:
             str(self.folder / name), max_steps=steps, cache=str(self.folder / "reference"),
             **{**SETTINGS, **changes},
         )  # fmt: skip
-        recorded = {"model": "embedded" if name == "sft" else "sft", "data": "embedded"}
+        recorded: dict[str, Any] = {"model": "embedded" if name == "sft" else "embedded after SFT"}
+        recorded |= {"data": "embedded"}
+        recorded |= {"loss": "dpo", "beta": BETA} if name == "dpo" else {}
         if train(objective, policy, data, config, settings=recorded).stopped:
             raise _Stopped
         return json.loads((self.folder / name / "evaluation.json").read_text())

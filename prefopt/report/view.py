@@ -154,10 +154,10 @@ class _Measured(NamedTuple):
 def _preference_cards(run: RunRecord) -> list[Card]:
     before, after, where = _measured(run)
     where = f"{after.pairs:,.0f} {where}" if after.pairs else where
-    cards = []
+    cards, name = [], "score" if run.kind == "reward" else "reward"
     for title, key, show, what, over in (
-        ("Accuracy", "accuracy", percent, "The chosen answer has the higher reward in", "of"),
-        ("Margin", "margin", signed, "Chosen minus rejected reward is", "on average over"),
+        ("Accuracy", "accuracy", percent, f"The chosen answer has the higher {name} in", "of"),
+        ("Margin", "margin", signed, f"Chosen minus rejected {name} is", "on average over"),
     ):
         old, new = getattr(before, key), getattr(after, key)
         if new is None:
