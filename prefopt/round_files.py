@@ -103,36 +103,43 @@ def repeated(text: str) -> float:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rounds as a table."""
+    """Print the rounds as a table, as wide as it is: a line may go on in the next one."""
     from rich.console import Console
+    from rich.measure import Measurement
 
-    Console(highlight=False).print(table(rows))
+    console, printed = Console(highlight=False), table(rows)
+    unbounded = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, printed).maximum)
+    console.print(printed)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Any:
-    """Of every round: each reward on the held-out prompts, and what training did."""
+    """A column per round: each reward on the held-out prompts, and what training did."""
+    from rich import box
     from rich.table import Table
 
     held = [row.get("held_out") or {} for row in rows]
+    judged = [row.get("evaluation") or {} for row in rows]
     names = list(next((h["rewards"] for h in held if h), {}))
-    several = names if len(names) > 1 else []
-    out = Table(title="held-out prompts, answered after each round" if names else None)
-    heads = ["round", "pairs", *names, "accuracy", *(f"as {name}" for name in several), "margin"]
-    for head in (*heads, "tokens", "ended", "repeated"):
-        out.add_column(head, justify="right")
-    for row, after in zip(rows, held, strict=True):
-        judged = row.get("evaluation") or {}
-        shares = [judged.get("rewards", {}).get(name, {}).get("accuracy") for name in several]
-        out.add_row(
-            str(row["round"]),
-            f"{row['pairs']:,}" if "pairs" in row else "",
-            *(_plus_minus(after["rewards"][name]) if after else "" for name in names),
-            *(_percent(share) for share in (judged.get("accuracy"), *shares)),
-            _number(judged.get("margin_mean"), ".3f"),
-            _number(after.get("tokens"), ".1f"),
-            _percent(after.get("ended")),
-            _percent(after.get("repeated")),
-        )
+    out = Table(title="held-out prompts" if names else None, box=box.SIMPLE_HEAD)
+    out.add_column("after round", no_wrap=True)
+    for row in rows:
+        out.add_column(str(row["round"]), justify="right", no_wrap=True)
+    out.add_row("pairs", *(f"{row['pairs']:,}" if "pairs" in row else "" for row in rows))
+    for name in names:
+        out.add_row(name, *(_plus_minus(h["rewards"][name]) if h else "" for h in held))
+    out.add_row("accuracy", *(_percent(j.get("accuracy")) for j in judged))
+    for name in names if len(names) > 1 else []:
+        shares = (j["rewards"][name]["accuracy"] if j else None for j in judged)
+        out.add_row(f"  as {name} sees it", *map(_percent, shares))
+    out.add_row("margin", *(_number(j.get("margin_mean"), ".3f") for j in judged))
+    for key, form in (
+        ("tokens", ".1f"),
+        ("ended", ".0%"),
+        ("repeated", ".0%"),
+        ("distinct", ".0%"),
+    ):
+        out.add_row(key, *(_number(h.get(key), form) for h in held))
     return out
 
 

@@ -24,7 +24,7 @@ from prefopt.metrics import Progress
 from prefopt.nn.heads import ScoreStats
 from prefopt.objectives.kto import KTO
 from prefopt.objectives.sft import SFT
-from prefopt.round_files import figures, repeated, table
+from prefopt.round_files import figures, repeated, show, table
 from prefopt.round_pairs import AsSampled
 from prefopt.rounds import iterate
 from prefopt.rundir import RunDir
@@ -268,8 +268,8 @@ def terminate():
 
 
 STAGES = [
-    ("sample", 1), ("sample update", 6), ("score update", 6), ("reference", 1),
-    ("train update", 3), ("evaluate", 2), ("sample", 4), ("sample", 5),
+    ("sample update", 6), ("score update", 6), ("reference", 1), ("train update", 3),
+    ("sample", 4), ("sample", 5),
 ]  # fmt: skip
 
 
@@ -284,9 +284,7 @@ def test_killed_anywhere_it_ends_up_where_it_would_have(bench, whole, phase, cou
     check_same(bench.dir("out"), whole[0])
 
 
-@pytest.mark.parametrize(
-    ("phase", "count"), [("sample", 2), ("score update", 6), ("train update", 3), ("evaluate", 2)]
-)
+@pytest.mark.parametrize(("phase", "count"), [("sample", 2), ("train update", 3)])
 def test_sigterm_anywhere_stops_cleanly(bench, whole, phase, count):
     with at(phase, count, terminate):
         results = bench.run("out")
@@ -582,14 +580,27 @@ def test_figures_of_answers():
     assert figures([]) == {}
 
 
-def test_the_table(whole, capsys):
-    from rich.console import Console
-
-    Console(width=200).print(table(rounds_of(whole[0])))
+def test_the_table_shows_every_figure_in_full(whole, capsys):
+    """Of many rounds too, in a terminal of 80 columns."""
+    rows = rounds_of(whole[0])
+    show([*rows, *rows, *rows, *rows])
     printed = capsys.readouterr().out
-    row = rounds_of(whole[0])[2]
-    assert f"{row['held_out']['rewards']['reward']['mean']:.3f}" in printed
-    assert f"{row['evaluation']['accuracy']:.0%}" in printed and "margin" in printed
+    for row in rows[1:]:
+        reward = row["held_out"]["rewards"]["reward"]
+        assert f"{reward['mean']:.3f} ± {reward['standard_error']:.3f}" in printed
+        assert f"{row['evaluation']['margin_mean']:.3f}" in printed
+        assert f"{row['evaluation']['accuracy']:.0%}" in printed
+    assert "…" not in printed and "sees it" not in printed
+
+
+def test_the_table_of_several_rewards_says_what_each_prefers(capsys):
+    told = {"rewards": {n: {"mean": m, "standard_error": None} for n, m in (("a", 1), ("b", -2))}}
+    each = {"a": {"accuracy": 0.75, "n": 4}, "b": {"accuracy": None, "n": 0}}
+    row = {"round": 1, "pairs": 1234, "held_out": told}
+    show([row | {"evaluation": {"accuracy": 0.5, "margin_mean": 0.25, "rewards": each}}])
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    want = {"pairs 1,234", "a 1.000", "b -2.000", "accuracy 50%", "margin 0.250"}
+    assert want | {"as a sees it 75%", "as b sees it"} <= lines
 
 
 def test_prompts_may_be_conversations(bench):
