@@ -1,7 +1,6 @@
 """The DPO objective on a real policy: against log_softmax over whole sequences, and against TRL."""
 
 import copy
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from prefopt import (
     losses,
     pack,
 )
-from prefopt.data.encode import Encoded
 
 TRL_NAMES = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -205,6 +203,11 @@ def test_what_a_batch_must_have(tiny_model, pairs):
         ({"loss": "dpoo"}, "did you mean 'dpo'"),
         ({"gamma": 0.5}, "takes no 'gamma'.*it takes: beta, label_smoothing"),
         ({"loss": lambda p: p.margin, "gamma": 0.5}, "bind gamma to your loss"),
+        ({"divergence": "kl"}, "divergence is 'kl'; it is one of reverse_kl, forward_kl"),
+        ({"loss": "simpo", "divergence": "forward_kl"}, "'simpo' has no reference to diverge from"),
+        ({"loss": "aot", "divergence": "forward_kl"}, "sorts policy and reference apart"),
+        ({"loss": "aot_unpaired", "wpo": True}, "sorts pairs over the batch; wpo weights them"),
+        ({"ld_alpha": 1.5}, r"ld_alpha is 1.5; it must be in \[0, 1\]"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -212,65 +215,19 @@ def test_bad_arguments_are_named(arguments, message):
         DPO(**arguments)
 
 
-# -- TRL
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl (extra: oracles)")
-@pytest.mark.filterwarnings("ignore")
-def test_loss_and_gradient_are_trls(tiny_model, tiny_rows, tmp_path):
-    """The same weights and the same token ids, in its trainer and in this objective."""
-    import datasets
-    import trl
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    reference = copy.deepcopy(model)
+def test_rewards_are_per_token_where_the_loss_is(tiny_model, pairs):
     policy = new_policy(tiny_model)
-    base = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    moved(policy)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(policy.model.get_parameter(name))
-    trainer = trl.DPOTrainer(
-        model,
-        reference,
-        trl.DPOConfig(
-            str(tmp_path), per_device_train_batch_size=4, max_length=128, beta=0.3, use_cpu=True,
-            bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_list(tiny_rows[:4]),
-        processing_class=AutoTokenizer.from_pretrained(tiny_model),
-    )  # fmt: skip
-    inputs = next(iter(trainer.get_train_dataloader()))
-    model.eval()
-    theirs = trainer.compute_loss(model, inputs)
-    theirs.backward()
-
-    encoded = [pair_of(inputs, i) for i in range(4)]
-    weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    policy.load_state_dict({f"model.{k}": v for k, v in base.items()}, strict=False)
-    (batch,) = batches_of(policy, encoded)
-    policy.load_state_dict({f"model.{k}": v for k, v in weights.items()}, strict=False)
-    total, count, _ = DPO(beta=0.3)(policy, batch)
-    grads = torch.autograd.grad(total / count, list(policy.model.parameters()))
-    assert abs(theirs.item() - math.log(2)) > 1e-3
-    assert total.item() / count == pytest.approx(theirs.item(), rel=1e-5)
-    for (name, p), grad in zip(policy.model.named_parameters(), grads, strict=True):
-        other = model.get_parameter(name).grad
-        assert other.norm() > 0, name
-        assert (grad - other).norm() <= 1e-5 * other.norm(), name
-        assert p.shape == other.shape
+    (batch,) = batches_of(policy, encoded_of(policy, pairs))
+    whole, mean = DPO("dpo", beta=2.0), DPO("simpo")
+    read, _ = whole.read(policy, batch)
+    for loss, by in ((whole, 1), (mean, read.chosen_len)):
+        got = loss.metrics(read)["rewards/chosen"]
+        assert torch.allclose(got, 2.0 * (read.chosen - read.ref_chosen) / by)
 
 
-def pair_of(inputs, i):
-    """Row i of TRL's batch (chosen above, rejected below) as a prompt with two responses."""
-    half = len(inputs["input_ids"]) // 2
-    sides = []
-    for row in (i, i + half):
-        real = inputs["attention_mask"][row].bool()
-        ids = inputs["input_ids"][row][real].numpy().astype(np.int32)
-        answer = inputs["completion_mask"][row][real].bool().numpy()
-        sides.append((ids[~answer], ids[answer]))
-    (prompt, chosen), (same, rejected) = sides
-    assert np.array_equal(prompt, same)
-    return Encoded(prompt, (chosen, rejected), i)
+def test_the_reference_free_need_none(tiny_model, pairs):
+    policy = new_policy(tiny_model)
+    (batch,) = pack(encoded_of(policy, pairs), max_tokens=10_000)
+    total, count, metrics = DPO("simpo", gamma=0.3)(policy, batch)
+    assert torch.isfinite(total) and count == 6
+    assert metrics["rewards/accuracies"] == (metrics["rewards/accuracies"]).round()

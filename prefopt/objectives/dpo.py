@@ -20,6 +20,8 @@ from prefopt.losses import PairLogps
 from prefopt.shaping import DIVERGENCES, desensitised, f_divergence, wpo_weights
 from prefopt.stats import Evaluation, preference_evaluation
 
+PER_TOKEN = ("simpo", "orpo", "sigmoid_norm")  # losses of mean log-probs
+
 
 class DPO:
     """An objective from a loss on pairs: what `loss_from` takes, or any callable PairLogps -> [B].
@@ -65,6 +67,8 @@ class DPO:
             raise InputError(f"loss {self.name!r} has no reference to diverge from")
         if wpo and self.whole_batch:
             raise InputError(f"loss {self.name!r} sorts pairs over the batch; wpo weights them")
+        if divergence != "reverse_kl" and "aot" in self.name.replace("aot_unpaired", ""):
+            raise InputError("loss 'aot' sorts policy and reference apart; a divergence joins them")
         self.divergence = {"kind": divergence, "alpha": divergence_alpha}
         self.ld_alpha, self.wpo = ld_alpha, wpo
 
@@ -129,11 +133,18 @@ class DPO:
             )
         return losses
 
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of chosen and rejected, [B] each: beta * (log pi - log ref), per token
+        for losses of means over tokens."""
+        chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
+        if self.name in PER_TOKEN:
+            chosen, rejected = chosen / pairs.chosen_len, rejected / pairs.rejected_len
+        return self.beta * chosen, self.beta * rejected
+
     @torch.no_grad()
     def metrics(self, pairs: PairLogps) -> dict[str, Tensor]:
         """Per pair, [B], under TRL's names."""
-        chosen = self.beta * (pairs.chosen - pairs.ref_chosen)
-        rejected = self.beta * (pairs.rejected - pairs.ref_rejected)
+        chosen, rejected = self.rewards(pairs)
         return {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -150,7 +161,8 @@ class DPO:
             "logps/accuracies": (pairs.chosen > pairs.rejected).float(),
         }
         metrics = {k: v.double().mean().item() for k, v in columns.items()}
-        margins = (self.beta * pairs.margin).numpy()
+        chosen, rejected = self.rewards(pairs)
+        margins = (chosen - rejected).numpy()
         lengths = pairs.chosen_len.numpy(), pairs.rejected_len.numpy()
         return preference_evaluation(margins, *lengths, items, metrics)
 
