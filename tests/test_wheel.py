@@ -89,9 +89,7 @@ def test_constraints_pin_what_pyproject_asks_for():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + [
-        r for e in ("test", "bench", "dev") for r in extras[e]
-    ]
+    wanted = project["dependencies"] + [r for e in ("test", "bench", "dev") for r in extras[e]]
     pinned = {
         line.split("==")[0].lower()
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
