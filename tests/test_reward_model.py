@@ -246,6 +246,24 @@ def test_an_adapter_of_peft_loads_with_the_same_scores(base, tmp_path):
     assert (got - by_transformers(model, tokenizer, "right")).abs().max() < 1e-5
 
 
+def test_an_adapter_without_a_task_type_that_has_a_head_is_a_reward_models(base, tmp_path):
+    policy = move(load(base, head="score", lora=LORA))
+    policy.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    assert torch.equal(scored(load(tmp_path / "a")), scored(policy))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_statistics_of_what_was_in_a_folder_before_are_gone(base, tmp_path, lora):
+    policy = load(base, head="score", lora=lora)
+    policy.score_stats = ScoreStats(0.5, 2.0, 7)
+    policy.save_pretrained(tmp_path / "m")
+    policy.score_stats = None
+    policy.save_pretrained(tmp_path / "m")
+    assert load(tmp_path / "m").score_stats is None
+
+
 def test_the_head_trains_under_lora_and_after_it_was_loaded(base, tmp_path):
     """Elsewhere it is frozen without a task type, and random after loading."""
     policy = load(base, head="score", lora=LORA)
@@ -292,6 +310,8 @@ def test_a_4_bit_reward_model_keeps_its_head_dense_and_is_read_again(base, tmp_p
     assert type(policy.model.score).__name__ in ("Linear", "CpuLinear")
     assert policy.quant_report is not None
     assert policy.quant_report.skipped["score"] == "the head of a reward model"
+    half = load(tmp_path / "dense", quantize="nf4", dtype="bfloat16")
+    assert torch.equal(half.model.score.weight, policy.model.score.weight)
     policy.save_pretrained(tmp_path / "packed")
     assert torch.equal(scored(load(tmp_path / "packed")), scored(policy))
     tuned = move(load(tmp_path / "packed", lora=LORA))
