@@ -120,7 +120,7 @@ def iterate(
     recorded = {
         "model": str(model),
         "prompts": _digest(asked),
-        "objective": {"name": objective.name, "beta": objective.beta},
+        "objective": _described(objective),
         "rewards": {name: _spelled(reward) for name, reward in judges.items()},
         "reward_weights": reward_weights,
         "sampler": dataclasses.asdict(sampler),
@@ -334,6 +334,14 @@ class _Rounds:
         if run.stopped:
             raise Stopped
         self.stop.check()
+
+
+def _described(objective: Any) -> dict[str, Any]:
+    """What an objective was made with, as far as JSON can say it."""
+    plain = (str, int, float, bool, dict, type(None))
+    known = {k: v for k, v in vars(objective).items() if isinstance(v, plain)}
+    terms = getattr(getattr(objective, "loss", None), "terms", ())
+    return {**known, "loss": [[t.weight, t.name, t.options] for t in terms]}
 
 
 def _digest(prompts: Sequence[list[Message]]) -> str:

@@ -338,7 +338,8 @@ def test_nothing_is_sampled_or_scored_twice(bench, whole):
         ({"rewards": no_es}, "started with rewards.reward"),
         ({"lora": LoraConfig(r=8)}, r"started with lora\.(alpha|dropout|r)"),
         ({"train": {"warmup": 0.5}}, "train.warmup = 0.1"),
-        ({"objective": DPO("ipo")}, "objective.name = 'dpo'"),
+        ({"objective": DPO("ipo")}, r"objective\.(name|loss) = "),
+        ({"objective": DPO(label_smoothing=0.1)}, r"objective\.loss = \[\[1.0, 'dpo', \{.*0.1"),
         ({"settings": {"split": "test"}}, r"given(.split)? = "),
     ],
 )
@@ -449,13 +450,24 @@ def test_other_prompts_in_every_round(bench):
     assert [row["held_out"]["prompts"] for row in rounds_of(bench.dir("out"))] == [4, 4, 4]
 
 
-def test_all_weights_without_held_out_prompts(bench):
-    results = bench.run(
-        "out", lora=None, train={}, pairing="all", prompts=ASKED[:6], objective=KTO()
-    )
-    assert [r.row["evaluation"] for r in results] != [{}, {}]
-    assert (results[1].dir / "model" / "config.json").is_file()
-    assert results[0].row["pairs"] > 3
+def test_all_weights_kto_and_every_pair(bench):
+    results = bench.run("out", lora=None, pairing="all", objective=KTO())
+    for result in results:
+        assert (result.dir / "model" / "config.json").is_file()
+        assert result.row["pairs"] > result.row["prompts"]
+        tries = 3 * result.row["prompts"]
+        assert result.row["pairs"] + sum(result.row["dropped"].values()) == tries
+        assert result.row["evaluation"]["n"] == result.row["held_out_pairs"]
+    before = json.loads((results[1].dir / "evaluation.json").read_text())["before"]
+    assert before["ties"] == before["n"] > 0  # the model of round 1 is the reference of round 2
+
+
+def test_a_4_bit_base_stays_one(bench):
+    results = bench.run("out", quantize="nf4")
+    kind = json.loads((results[1].dir / "model" / "base_quantization.json").read_text())
+    assert kind == {"kind": "nf4"}
+    before = json.loads((results[1].dir / "evaluation.json").read_text())["before"]
+    assert before["ties"] == before["n"] > 0
 
 
 def test_without_held_out_prompts(bench):

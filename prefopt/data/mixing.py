@@ -49,9 +49,10 @@ def mix(
     """All pairs of all sources; with ``weights`` w the mean loss is sum_k w_k (mean over source k).
 
     The w are divided by their sum. Of N pairs, n_k of them from source k, each of these gets the
-    weight w_k N / n_k. Without ``weights`` every pair counts alike, so that a source counts by its
-    size. Raises InputError for no source, an empty one, a source without a weight, a weight without
-    a source, and a weight that is not a number above 0.
+    weight w_k N / n_k: exact over all pairs, nearly so over those that training keeps. Without
+    ``weights`` every pair counts alike, so that a source counts by its size. Raises InputError for
+    no source, an empty one, a source without a weight, a weight without a source, and a weight that
+    is not a number above 0.
     """
     if not sources:
         raise InputError("there is no source of pairs to mix; name at least one")
