@@ -42,8 +42,8 @@ def describe(policy: Policy, lora: LoraConfig | None) -> None:
         say(f"prompts are not shared between responses: {policy.layout_reason}")
 
 
-def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> None:
-    """What a run would do, and the first pair as the model sees it."""
+def show_plan(objective: Any, policy: Policy, config: TrainConfig, plan: Any) -> None:
+    """What a run would do, and the first item as the model sees it."""
     from rich.console import Console
     from rich.text import Text
 
@@ -55,12 +55,12 @@ def show_plan(policy: Policy, source: Any, config: TrainConfig, plan: Any) -> No
             say(f"{name}: {count:,}")
     tokens = [len(e.prompt) + sum(map(len, e.responses)) for e in plan.encoded]
     say(
-        f"{len(plan.train):,} pairs to train on, {len(plan.held_out):,} held out; "
-        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens a pair, at most "
-        f"{max(tokens)}"
+        f"{len(plan.train):,} {objective.unit} to train on, {len(plan.held_out):,} held out; "
+        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens each, at most {max(tokens)}"
     )
-    cache = config.cache or default_cache()
-    say(f"reference log-probs in {cache}; run folder {config.out} (not written: --dry_run)")
+    if objective.needs_reference:
+        say(f"reference log-probs in {config.cache or default_cache()}")
+    say(f"run folder {config.out} (not written: --dry_run)")
     style = {"prompt": "dim", "response": "green", "eos": "bold magenta", "truncated": "bold red"}
     console = Console(highlight=False, soft_wrap=True)
     for kind, text in preview(plan.encoded[plan.train[0]], policy.tokenizer):

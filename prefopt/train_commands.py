@@ -16,6 +16,7 @@ from prefopt.command_inputs import (
     pairs_or_dialogues,
     pairs_or_feedback,
     pairs_or_rankings,
+    quiet_transformers,
     records,
 )
 from prefopt.config import TrainConfig
@@ -199,7 +200,7 @@ def _run(
     if not setup.quiet or setup.dry_run:
         describe(policy, setup.lora)
     if setup.dry_run:
-        show_plan(policy, source, config, make_plan(objective, policy, source, config))
+        show_plan(objective, policy, config, make_plan(objective, policy, source, config))
         return 0
     adapted = {"lora": setup.lora if policy.lora_report else None}
     recorded = {**dataclasses.asdict(dataclasses.replace(setup, **adapted)), **settings}
@@ -235,21 +236,27 @@ def _iterate(
 ) -> int:
     """--rounds: sample, rank, pair and train, over and over."""
     from prefopt.data.prompts import load_prompts
-    from prefopt.rewards import load_reward
     from prefopt.rounds import iterate
 
     if sampling.reward is None:
         raise InputError("--rounds needs --reward: a reward model's folder or module:function")
-    specs = sampling.reward
-    specs = {"reward": specs} if isinstance(specs, str) else specs
+    quiet_transformers()
     prompts = load_data(setup, load_prompts)
-    where = {"device": setup.device, "dtype": setup.dtype}
-    rewards = {name: load_reward(spec, **where) for name, spec in specs.items()}
-    iterate(
-        setup.model, prompts, rewards, config,
+    if setup.dry_run:
+        kept = min(sampling.prompts_per_round or len(prompts), len(prompts))
+        say(
+            f"{sampling.rounds} rounds of {sampling.samples_per_prompt} answers to each of {kept:,} "
+            f"prompts; run folder {config.out} (not written: --dry_run)"
+        )
+        return 0
+    results = iterate(
+        setup.model, prompts, sampling.reward, config,
         rounds=sampling.rounds, objective=objective, reward_weights=sampling.reward_weights,
         samples=sampling.samples_per_prompt, temperature=sampling.temperature,
         max_new_tokens=sampling.new_tokens, prompts_per_round=sampling.prompts_per_round,
-        lora=setup.lora, quantize=setup.quantize, quiet=setup.quiet, settings=settings, **where,
+        lora=setup.lora, quantize=setup.quantize, dtype=setup.dtype, device=setup.device,
+        quiet=setup.quiet, settings=settings,
     )  # fmt: skip
+    if results[-1].stopped:
+        say("stopped; --resume auto continues")
     return 0
