@@ -245,7 +245,7 @@ def _iterate(
     if setup.dry_run:
         kept = min(sampling.prompts_per_round or len(prompts), len(prompts))
         say(
-            f"{sampling.rounds} rounds of {sampling.samples_per_prompt} answers to each of {kept:,} "
+            f"{sampling.rounds} rounds, {sampling.samples_per_prompt} answers to each of {kept:,} "
             f"prompts; run folder {config.out} (not written: --dry_run)"
         )
         return 0
