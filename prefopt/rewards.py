@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from prefopt.nn.heads import ScoreStats
 from prefopt.policy import Policy
 from prefopt.user_functions import user_function
 
-Reward = Callable[[list[list[Message]], list[str]], Sequence[float]]
+Reward = Callable[[list[list[Message]], list[str]], Iterable[float]]
 
 SHOWN = 120  # characters of a text in an error
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
@@ -142,14 +142,11 @@ def score(
     """
     try:
         given = reward(prompts, responses)
+        values = _listed(given)
     except Exception as error:
         at = _culprit(reward, prompts, responses)
         raise InputError(f"reward {name!r} failed{at}: {_cause(error)}") from error
-    try:
-        values = list(given)
-    except TypeError:
-        values = None
-    if isinstance(given, str | bytes | Mapping) or values is None:
+    if values is None:
         raise InputError(
             f"reward {name!r} returned a {type(given).__name__}; it must return a list with one "
             "number per response"
@@ -209,11 +206,22 @@ def _number(value: Any, name: str, prompt: list[Message], response: str) -> floa
     return number
 
 
+def _listed(given: Any) -> list[Any] | None:
+    """What a reward returned as a list; None for what is none."""
+    if isinstance(given, str | bytes | Mapping):
+        return None
+    try:
+        values = iter(given)
+    except TypeError:
+        return None
+    return list(values)
+
+
 def _culprit(reward: Reward, prompts: list[list[Message]], responses: list[str]) -> str:
     """Which sample a reward fails on."""
     for prompt, response in zip(prompts, responses, strict=True):
         try:
-            reward([prompt], [response])
+            _listed(reward([prompt], [response]))
         except Exception:
             return _sample(prompt, response)
     return f" on {len(responses)} samples together, but on none of them alone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.records import Message
 from prefopt.durable import write_json
 from prefopt.errors import InputError
 from prefopt.sampling import Answers
@@ -65,6 +67,28 @@ class RoundsFile:
         self.rows += [row] if row else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"settings": self.settings, "rounds": self.rows})
+
+
+def described(objective: Any) -> dict[str, Any]:
+    """What an objective was made with, as far as JSON can say it."""
+    plain = (str, int, float, bool, dict, type(None))
+    known = {k: v for k, v in vars(objective).items() if isinstance(v, plain)}
+    terms = getattr(getattr(objective, "loss", None), "terms", ())
+    return {**known, "loss": [[t.weight, t.name, t.options] for t in terms]}
+
+
+def digest(prompts: Sequence[list[Message]]) -> str:
+    """How many prompts, and a hash of them."""
+    hashed = hashlib.sha256()
+    for prompt in prompts:
+        hashed.update(json.dumps(prompt).encode() + b"\n")
+    return f"{len(prompts)} prompts, sha256 {hashed.hexdigest()[:16]}"
+
+
+def spelled(reward: Any) -> str:
+    """What a reward is called in rounds.json: a model's folder, or module:function."""
+    own = getattr(reward, "__qualname__", type(reward).__qualname__)
+    return getattr(reward, "path", None) or f"{getattr(reward, '__module__', '')}:{own}"
 
 
 def figures(answers: Sequence[Answers]) -> dict[str, Any]:

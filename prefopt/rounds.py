@@ -16,8 +16,6 @@ stage that it had reached.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from prefopt.objectives.dpo import DPO
 from prefopt.policy import Policy
 from prefopt.prepare import context_length
 from prefopt.rewards import Reward, check_reward, combine, load_reward
-from prefopt.round_files import RoundsFile, figures, show
+from prefopt.round_files import RoundsFile, described, digest, figures, show, spelled
 from prefopt.round_pairs import AsSampled, held_out_batches, judge, pair_rows
 from prefopt.sampling import (
     Answers,
@@ -97,7 +95,8 @@ def iterate(
     ``reward_weights`` (see rewards.combine). ``objective``: DPO() or another on pairs.
     ``samples`` answers to each prompt are paired by ``pairing`` and ``min_gap`` (see
     data.pairing.pair_up); ``prompts_per_round`` takes so many of the prompts, others in each round.
-    A response that was cut at ``max_new_tokens`` is trained on without an end.
+    A response that was cut at ``max_new_tokens`` is trained on without an end. A reward is called
+    with the responses to 32 prompts at a time.
 
     ``config.out`` gets rounds.json and a run folder per round. With ``config.resume`` "auto" an
     unfinished iteration goes on where it was; a finished one is returned as it is, and may be given
@@ -119,9 +118,9 @@ def iterate(
     pair_up([], ["a", "b"], [0.0, 1.0], **pairs)  # finds out what is wrong with these
     recorded = {
         "model": str(model),
-        "prompts": _digest(asked),
-        "objective": _described(objective),
-        "rewards": {name: _spelled(reward) for name, reward in judges.items()},
+        "prompts": digest(asked),
+        "objective": described(objective),
+        "rewards": {name: spelled(reward) for name, reward in judges.items()},
         "reward_weights": reward_weights,
         "sampler": dataclasses.asdict(sampler),
         "prompts_per_round": prompts_per_round,
@@ -235,6 +234,13 @@ class _Rounds:
             "held-out prompts": len(self.held),
             "prompts without room": len(asked) - len(fitting),
         }
+        if not self.quiet:
+            say(f"{len(self.train_on):,} prompts to train on, {len(self.held):,} held out")
+            if len(fitting) < len(asked):
+                say(
+                    f"left out {len(asked) - len(fitting):,}: they leave no room for {limit} new "
+                    f"tokens within {longest}"
+                )
 
     # -- one round
 
@@ -334,24 +340,3 @@ class _Rounds:
         if run.stopped:
             raise Stopped
         self.stop.check()
-
-
-def _described(objective: Any) -> dict[str, Any]:
-    """What an objective was made with, as far as JSON can say it."""
-    plain = (str, int, float, bool, dict, type(None))
-    known = {k: v for k, v in vars(objective).items() if isinstance(v, plain)}
-    terms = getattr(getattr(objective, "loss", None), "terms", ())
-    return {**known, "loss": [[t.weight, t.name, t.options] for t in terms]}
-
-
-def _digest(prompts: Sequence[list[Message]]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt).encode() + b"\n")
-    return f"{len(prompts)} prompts, sha256 {digest.hexdigest()[:16]}"
-
-
-def _spelled(reward: Any) -> str:
-    """What a reward is called in rounds.json: a model's folder, or module:function."""
-    own = getattr(reward, "__qualname__", type(reward).__qualname__)
-    return getattr(reward, "path", None) or f"{getattr(reward, '__module__', '')}:{own}"

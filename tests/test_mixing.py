@@ -90,7 +90,7 @@ def test_a_pair_keeps_its_weight_on_the_spool_and_when_encoded(tiny_model):
 
 
 def test_the_report_sums_up_the_parts():
-    rows = [{"prompt": "p", "chosen": "a", "rejected": r} for r in ("b", "a", "a")]
+    rows: list[dict] = [{"prompt": "p", "chosen": "a", "rejected": r} for r in ("b", "a", "a")]
     rows.append({"prompt": "p", "chosen": None, "rejected": "b"})
     report = mix({"x": load_preferences(rows), "y": pairs(2)}, {"x": 1, "y": 3}).report
     assert report.rows == 6 and report.kept == 3

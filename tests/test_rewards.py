@@ -146,6 +146,15 @@ def test_an_exception_names_its_sample_and_place():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_an_exception_that_comes_late_is_one_too():
+    def lazily(prompts, responses):
+        yield from (1 / len(text) for text in responses)
+
+    with pytest.raises(InputError, match=r"failed for the response '' to .*ZeroDivisionError"):
+        score(lazily, "mine", PROMPTS, RESPONSES)
+    assert score(lazily, "mine", PROMPTS[:1], RESPONSES[:1]) == [0.1]
+
+
 def test_an_exception_of_all_samples_together():
     def few(prompts, responses):
         if len(responses) > 2:
