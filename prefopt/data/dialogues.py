@@ -168,27 +168,13 @@ def _usable(dialogue: Dialogue) -> tuple[Dialogue | str, int]:
 
 def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialogues:
     """Spool what is usable, count what is not; InputError if nothing is left."""
-    out = Dialogues(report)
-    opened = 0
+    out, opened = Dialogues(report), 0
     for where, dialogue in dialogues:
-        report.rows += 1
         usable, cut = (dialogue, 0) if isinstance(dialogue, str) else _usable(dialogue)
-        if isinstance(usable, str):
-            report.drop(usable, where)
-            continue
-        try:
-            out.append([usable.turns, usable.text, usable.source, usable.weight])
-        except UnicodeEncodeError:
-            report.drop("text that is not valid Unicode (half a surrogate pair)", where)
-            continue
-        report.kept += 1
-        opened += cut > 0
+        if not isinstance(usable, str):
+            usable = [usable.turns, usable.text, usable.source, usable.weight]
+        opened += out.take(where, usable) and cut > 0
     if opened:
         report.notes.append(f"opened with an assistant turn, which was cut: {opened:,}")
-    if report.kept == 0:
-        counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
-        raise InputError(
-            f"No usable dialogue among the {report.rows:,} rows of {report.source!r}, read as "
-            f"{report.schema}: {counts}; first at {next(iter(report.dropped_at.values()))}."
-        )
+    out.check("dialogue")
     return out

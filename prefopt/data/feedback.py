@@ -85,24 +85,12 @@ def _of_row(row: RowDict) -> Feedback | str:
 def _collect(items: Iterator[tuple[str, Feedback | str]], report: DataReport) -> Spool[Feedback]:
     out, good = Spool(report, _decode), 0
     for where, item in items:
-        report.rows += 1
-        if isinstance(item, str):
-            report.drop(item, where)
-        elif not "".join(turn.content for turn in item.response).strip():
-            report.drop("an empty response", where)
-        else:
-            try:
-                out.append([item.prompt, item.response, item.desirable, item.source])
-            except UnicodeEncodeError:
-                report.drop("text that is not valid Unicode (half a surrogate pair)", where)
-                continue
-            report.kept += 1
-            good += item.desirable
-    if report.kept == 0:
-        counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
-        raise InputError(
-            f"No usable response among the {report.rows:,} rows of {report.source!r}: {counts}."
-        )
+        fields: list[Any] | str = item if isinstance(item, str) else "an empty response"
+        if not isinstance(item, str) and "".join(t.content for t in item.response).strip():
+            fields = [item.prompt, item.response, item.desirable, item.source]
+        kept = out.take(where, fields)
+        good += kept and not isinstance(item, str) and item.desirable
+    out.check("response")
     report.notes.append(f"desirable: {good:,} of {report.kept:,}")
     return out
 

@@ -230,19 +230,7 @@ def _collect(prompts: Iterable[tuple[str, Any]], report: DataReport) -> Prompts:
     """Spool each usable prompt once, count the rest; InputError if nothing is left."""
     out, seen = Prompts(report), set()
     for where, prompt in prompts:
-        report.rows += 1
         reason = prompt if isinstance(prompt, str) else _obstacle(prompt, seen)
-        if reason is None:
-            out.append(list(prompt))
-            report.kept += 1
-        else:
-            report.drop(reason, where)
-    if not report.rows:
-        raise InputError(f"{report.source!r} is empty: it holds no prompt.")
-    if report.kept == 0:
-        counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
-        raise InputError(
-            f"No usable prompt among the {report.rows:,} rows of {report.source!r}, read as "
-            f"{report.schema}: {counts}; first at {next(iter(report.dropped_at.values()))}."
-        )
+        out.take(where, list(prompt) if reason is None else reason)
+    out.check("prompt")
     return out

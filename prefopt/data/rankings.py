@@ -91,27 +91,17 @@ def _collect(items: Iterator[tuple[str, _Ranked | str]], report: DataReport) -> 
     """Spool what is usable, count what is not; InputError if nothing is left."""
     out, equal, repeated = Rankings(report), 0, 0
     for where, item in items:
-        report.rows += 1
         if isinstance(item, str):
-            report.drop(item, where)
+            out.take(where, item)
             continue
-        try:
-            out.append([item.ranking.prompt, item.ranking.responses, item.ranking.source])
-        except UnicodeEncodeError:
-            report.drop("text that is not valid Unicode (half a surrogate pair)", where)
-            continue
-        report.kept += 1
-        equal, repeated = equal + item.equal, repeated + item.repeated
+        r = item.ranking
+        if out.take(where, [r.prompt, r.responses, r.source]):
+            equal, repeated = equal + item.equal, repeated + item.repeated
     if equal:
         report.notes.append(f"responses left out because another is as good: {equal:,}")
     if repeated:
         report.notes.append(f"responses left out because they repeat a better one: {repeated:,}")
-    if report.kept == 0:
-        counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
-        raise InputError(
-            f"No usable ranking among the {report.rows:,} rows of {report.source!r}, read as "
-            f"{report.schema}: {counts}; first at {next(iter(report.dropped_at.values()))}."
-        )
+    out.check("ranking")
     return out
 
 

@@ -84,27 +84,24 @@ def convert_rows(
 
 def _collect(pairs: Iterator[tuple[str, Pair | str]], report: DataReport) -> Preferences:
     """Spool what is usable, count what is not; InputError if nothing is left."""
-    out = Preferences(report)
-    half_empty = 0
+    out, half_empty = Preferences(report), 0
     for where, pair in pairs:
-        report.rows += 1
         if isinstance(pair, str):
-            report.drop(pair, where)
+            out.take(where, pair)
         elif pair.chosen == pair.rejected:
-            report.drop("identical", where)
+            out.take(where, "identical")
         else:
-            try:
-                about = [pair.margin, pair.source, pair.weight]
-                out.append([pair.prompt, pair.chosen, pair.rejected, *about])
-            except UnicodeEncodeError:
-                report.drop("text that is not valid Unicode (half a surrogate pair)", where)
-                continue
-            report.kept += 1
-            half_empty += not _text(pair.chosen) or not _text(pair.rejected)
+            about = [pair.margin, pair.source, pair.weight]
+            kept = out.take(where, [pair.prompt, pair.chosen, pair.rejected, *about])
+            half_empty += kept and not (_text(pair.chosen) and _text(pair.rejected))
     if half_empty:
         report.notes.append(f"kept although one response is empty: {half_empty:,}")
-    if report.kept == 0:
-        raise InputError(_nothing_left(report))
+    if set(report.dropped) == {"identical"} and not report.kept:
+        raise InputError(
+            f"All {report.rows:,} pairs of {report.source!r} are identical: 'chosen' equals "
+            "'rejected' in every row, so there is no preference to learn."
+        )
+    out.check("pair")
     return out
 
 
@@ -127,19 +124,6 @@ def _checked(pair: Any) -> Pair | str:
     if not all(side and side[-1].role == "assistant" for side in (pair.chosen, pair.rejected)):
         return "no assistant turn"
     return pair
-
-
-def _nothing_left(report: DataReport) -> str:
-    if set(report.dropped) == {"identical"}:
-        return (
-            f"All {report.rows:,} pairs of {report.source!r} are identical: 'chosen' equals "
-            "'rejected' in every row, so there is no preference to learn."
-        )
-    counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
-    return (
-        f"No usable pair among the {report.rows:,} rows of {report.source!r}, read as "
-        f"{report.schema}: {counts}; first at {next(iter(report.dropped_at.values()))}."
-    )
 
 
 # --- which schema, which columns ---------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 from prefopt.data.records import DataReport
+from prefopt.errors import InputError
 
 SPOOL_BYTES = 64 << 20  # records beyond this go from memory to disk
 T = TypeVar("T")
@@ -28,11 +29,37 @@ class Spool(Sequence[T], Generic[T]):
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
         weakref.finalize(self, self._file.close)
 
-    def append(self, fields: list[Any]) -> None:
-        """Adds a record; UnicodeEncodeError, and nothing is added, for text that is not Unicode."""
-        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    def take(self, where: str, fields: list[Any] | str) -> bool:
+        """Count a row in the report, and keep it as a record unless it is why it is dropped.
+
+        Returns whether it was kept: text that is not Unicode is not.
+        """
+        self.report.rows += 1
+        if isinstance(fields, str):
+            self.report.drop(fields, where)
+            return False
+        try:
+            line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        except UnicodeEncodeError:
+            self.report.drop("text that is not valid Unicode (half a surrogate pair)", where)
+            return False
+        self.report.kept += 1
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
+        return True
+
+    def check(self, unit: str) -> None:
+        """InputError, with the reasons, where no row was kept."""
+        report = self.report
+        if report.kept:
+            return
+        if not report.rows:
+            raise InputError(f"{report.source!r} is empty: it holds no {unit}.")
+        counts = ", ".join(f"{reason} ({count:,})" for reason, count in report.dropped.items())
+        raise InputError(
+            f"No usable {unit} among the {report.rows:,} rows of {report.source!r}, read as "
+            f"{report.schema}: {counts}; first at {next(iter(report.dropped_at.values()))}."
+        )
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
