@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from prefopt.data.files import Row, open_rows
-from prefopt.data.records import DataReport, Message, Pair, Ranking
+from prefopt.data.records import DataReport, Message, Pair, Ranking, are_messages
 from prefopt.data.schemas import (
     ASSISTANT,
     CANONICAL,
@@ -283,12 +283,8 @@ def _of_record(item: Any) -> _Ranked | str:
         item = Ranking(item.prompt, [item.chosen, item.rejected], item.source)
     if not isinstance(item, Ranking):
         return f"a {type(item).__name__} among the records"
-    for side in (item.prompt, *item.responses):
-        if not isinstance(side, list) or not all(
-            isinstance(m, Message) and isinstance(m.role, str) and isinstance(m.content, str)
-            for m in side
-        ):
-            return "a side that is not a list of Message(role, content) with text"
+    if not all(map(are_messages, (item.prompt, *item.responses))):
+        return "a side that is not a list of Message(role, content) with text"
     if not item.prompt:
         return "no prompt"
     if not all(side and side[-1].role == "assistant" for side in item.responses):

@@ -13,6 +13,14 @@ class Message(NamedTuple):
     content: str
 
 
+def are_messages(side: Any) -> bool:
+    """Whether this is a list of Message with text, as records that callers make must have."""
+    return isinstance(side, list) and all(
+        isinstance(m, Message) and isinstance(m.role, str) and isinstance(m.content, str)
+        for m in side
+    )
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two responses to one prompt, of which `chosen` was preferred.

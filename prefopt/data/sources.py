@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from prefopt.data.files import Row, open_rows
-from prefopt.data.records import DataReport, Message, Pair
+from prefopt.data.records import DataReport, Message, Pair, are_messages
 from prefopt.data.schemas import (
     CANONICAL,
     DETECTORS,
@@ -113,12 +113,8 @@ def _checked(pair: Any) -> Pair | str:
     """A `Pair` made by the caller, or what is wrong with it."""
     if not isinstance(pair, Pair):
         return f"a {type(pair).__name__} among Pair records"
-    for side in (pair.prompt, pair.chosen, pair.rejected):
-        if not isinstance(side, list) or not all(
-            isinstance(m, Message) and isinstance(m.role, str) and isinstance(m.content, str)
-            for m in side
-        ):
-            return "a side that is not a list of Message(role, content) with text"
+    if not all(map(are_messages, (pair.prompt, pair.chosen, pair.rejected))):
+        return "a side that is not a list of Message(role, content) with text"
     if not pair.prompt:
         return "no prompt"
     if not all(side and side[-1].role == "assistant" for side in (pair.chosen, pair.rejected)):
