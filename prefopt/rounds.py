@@ -147,6 +147,8 @@ def iterate(
     if stopped:
         k = max(len(file.rows), 1)
         results.append(RoundResult(k, work.dir(k), {}, stopped=True))
+        if not quiet:
+            say(f"stopped in round {k}; --resume auto goes on there")
     return results[:rounds]
 
 

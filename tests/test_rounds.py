@@ -285,9 +285,10 @@ def test_killed_anywhere_it_ends_up_where_it_would_have(bench, whole, phase, cou
 
 
 @pytest.mark.parametrize(("phase", "count"), [("sample", 2), ("train update", 3)])
-def test_sigterm_anywhere_stops_cleanly(bench, whole, phase, count):
+def test_sigterm_anywhere_stops_cleanly(bench, whole, phase, count, capsys):
     with at(phase, count, terminate):
-        results = bench.run("out")
+        results = bench.run("out", quiet=False)
+    assert "stopped in round 1; --resume auto" in capsys.readouterr().out
     assert results[-1].stopped and len(results) == 1
     handler = signal.getsignal(signal.SIGTERM)
     again = bench.run("out", resume="auto")
