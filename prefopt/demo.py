@@ -146,7 +146,7 @@ def _stages(demo: Demo) -> dict[str, list[Generation]]:
         judge = load_reward(str(demo.folder / "reward"), device="cpu", dtype="float32")
         means = []
         for stage, given in answers.items():
-            values = judge(prompts, [answer.text for answer in given])
+            values = list(judge(prompts, [answer.text for answer in given]))
             means.append(f"{stage} {sum(values) / len(values):.2f}")
         return f"mean reward of the answers to {len(prompts)} prompts: {', '.join(means)}"
 

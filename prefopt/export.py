@@ -29,9 +29,9 @@ NOISE = 1e-6  # nats a token; what two ways to round the same model may differ b
 
 
 class Reading(NamedTuple):
-    """One model on the pairs: logits [n, V] float32 at the last tokens of some of the texts, and
-    log p(chosen) - log p(rejected) of each pair, [B]. Of a reward model the scores of all responses
-    [2B], and chosen minus rejected."""
+    """One model on B groups: logits [n, V] float32 at the last tokens of some of the texts, and
+    log p of the first response minus that of the last (of pairs: chosen, rejected), or log p of the
+    only one, [B]. Of a reward model the scores of all responses, and first minus last."""
 
     logits: Tensor
     preference: Tensor
@@ -39,8 +39,8 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The merged model against the trained one. KL in nats a token, accuracies over `pairs`:
-    against the untrained base (margin above 0), and how often both models agree in it."""
+    """The merged model against the trained one. KL in nats a token, accuracies over `pairs`, or
+    texts: against the untrained base (margin above 0), and how often both models agree in it."""
 
     pairs: int
     tokens: int
@@ -177,16 +177,23 @@ def read(policy: Policy, encoded: Sequence[Encoded]) -> Reading:
                 for batch in pack(encoded, max_tokens=4096, layout=policy.layout, ends=True)
             ]
             scores = torch.cat(scores)
-            return Reading(scores, scores[::2] - scores[1::2])
+            return Reading(scores, _first_minus_last(scores, encoded))
         logits = torch.cat([_last_logits(policy, item) for item in encoded[:TEXTS]])
         sums = []
         for batch in pack(encoded, max_tokens=4096, layout=policy.layout):
             batch = batch.to(policy.device)
             logps = sequence_logprobs(policy(batch), batch.response_ids, batch.num_responses)
-            sums.append((logps[::2] - logps[1::2]).cpu())
+            sums.append(logps.cpu())
     finally:
         policy.train(training)
-    return Reading(logits, torch.cat(sums))
+    return Reading(logits, _first_minus_last(torch.cat(sums), encoded))
+
+
+def _first_minus_last(values: Tensor, encoded: Sequence[Encoded]) -> Tensor:
+    """Of each group [B]; the value itself where there is only one response."""
+    sizes = torch.tensor([len(item.responses) for item in encoded])
+    last = sizes.cumsum(0) - 1
+    return values[last - sizes + 1] - torch.where(sizes > 1, values[last], 0.0)
 
 
 def _last_logits(policy: Policy, item: Encoded) -> Tensor:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from prefopt.command_inputs import Dtype, load_policy, quiet_transformers, records
+from prefopt.command_inputs import (
+    Dtype,
+    load_policy,
+    pairs_or_dialogues,
+    pairs_or_rankings,
+    quiet_transformers,
+    records,
+)
 from prefopt.errors import InputError
 from prefopt.terminal import say
 
@@ -76,7 +83,7 @@ def merge(
         out: the new folder, for transformers and vLLM.
         into: dequantized are the weights it was trained on, in 16 bits or more; original those
             before they became 4-bit; 4bit rounds to 4 bits again.
-        data: preference pairs to compare the models on; null is what the run trained on.
+        data: records to compare the models on; null is what the run was trained on.
         pairs_checked: how many of them.
         max_length: most tokens of prompt and response.
         quantize: 4-bit kind the adapter was trained on; null is what its folder says.
@@ -84,25 +91,29 @@ def merge(
         device: auto, cpu, cuda, cuda:1, xpu or mps.
         force: write the result even if merging lost what was trained.
     """
-    from prefopt.data.encode import encode_pairs
-    from prefopt.data.sources import load_preferences
+    from prefopt.data.records import Pair
     from prefopt.export import merge_policy
+    from prefopt.objectives.dpo import DPO
+    from prefopt.objectives.reward import Reward
+    from prefopt.objectives.sft import SFT
     from prefopt.prepare import context_length
 
     new_folder(out)
     if pairs_checked < 1:
         raise InputError(f"pairs_checked is {pairs_checked}; it must be at least 1")
     given, split, columns, template = data_of(model, data)
-    source = records(load_preferences, given, split, columns, quiet=True)
     policy = load_policy(model, None, dtype, device, quantize)
+    scores = policy.is_reward_model
+    load = pairs_or_rankings if scores else pairs_or_dialogues
+    source = records(load, given, split, columns, quiet=True)
     original = None
     if into == "original":
         original = load_policy(model, None, dtype, device, "none")
     length = min(max_length, context_length(policy))
     taken = list(islice(source, pairs_checked))
-    encoded = encode_pairs(taken, policy.tokenizer, max_length=length, template=template)
-    if not len(encoded):
-        raise InputError(f"no pair of {given} fits into {length} tokens; raise --max_length")
+    pairs = isinstance(taken[0], Pair)
+    objective: Any = Reward() if scores else DPO() if pairs else SFT()
+    encoded = objective.encode(taken, policy.tokenizer, max_length=length, template=template)
     report, verdict = merge_policy(
         policy, list(encoded), out, requantize=into == "4bit", original=original, force=force
     )
@@ -130,4 +141,7 @@ def data_of(model: str, data: str | None) -> tuple[str, str | None, dict | None,
         return data, None, None, template
     if "data" not in run:
         return "embedded", None, None, template
-    return run["data"], run.get("split"), run.get("columns"), template
+    source = run["data"]
+    if isinstance(source, dict):  # several sets were mixed
+        source = next(iter(source.values()))
+    return source, run.get("split"), run.get("columns"), template

@@ -152,3 +152,20 @@ def test_a_loss_of_ones_own(flags, tmp_path, pairs, monkeypatch):
     assert main(["dpo", *flags("own", pairs, *more, "--quiet")]) == 0
     settings = yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())
     assert settings["loss_options"] == {"target": 2}
+
+
+def test_from_imitation_over_plain_weights_to_a_reward_model(flags, tmp_path, pairs, capsys):
+    talks = [{"text": f"\n\nHuman: Say {w}.\n\nAssistant: Gladly: {w}."} for w in WORDS]
+    file = rows_in(tmp_path / "talks.jsonl", talks)
+    assert main(["sft", *flags("sft", file, "--epochs", "2")]) == 0
+    reward = ["--model", str(tmp_path / "sft"), "--data", str(pairs), "--out", str(tmp_path / "rm")]
+    assert main(["reward", *reward]) == 2
+    assert "merge it first (prefopt merge)" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "sft"), "--out", str(tmp_path / "plain")]) == 0
+    verdict = json.loads((tmp_path / "plain" / "merge_report.json").read_text())
+    assert verdict["pairs"] == 12 and verdict["accuracy_trained"] == 1.0
+    assert verdict["agreement"] == 1.0 and verdict["kl_merged"] < 1e-6
+    reward[1] = str(tmp_path / "plain")
+    assert main(["reward", *reward, "--max_steps", "1", "--eval_fraction", "0"]) == 0
+    assert main(["merge", str(tmp_path / "rm"), "--out", str(tmp_path / "rm-plain")]) == 0
+    assert (tmp_path / "rm-plain" / "score_stats.json").is_file()
