@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,8 @@ QA = said("q", "a")
 )  # fmt: skip
 def test_every_shape(row, schema, expected):
     dialogues = load_dialogues([row])
+    if schema.startswith(("prompt and", "preference pairs")):  # all but the answer is given
+        expected = replace(expected, context=len(expected.turns) - 1)
     assert list(dialogues) == [expected]
     assert dialogues.report.schema == schema and dialogues.report.rows == 1
     assert "imitated" in dialogues.report.reason or schema.startswith("instruction")
@@ -196,9 +199,11 @@ def test_what_the_assistant_opens_with_is_cut_and_said():
 def test_columns_win_over_what_is_there():
     row = {"question": "q", "answer": "a", "messages": roles("other", "one"), "system": "S"}
     columns = {"prompt": "question", "completion": "answer"}
-    assert one(row, columns=columns) == said("q", "a", system="S")
-    assert one(row, columns={**columns, "system": None}) == said("q", "a")
-    assert one(row, columns={"messages": None, **columns}) == said("q", "a", system="S")
+    assert one(row, columns=columns) == replace(said("q", "a", system="S"), context=2)
+    alone = one(row, columns={**columns, "system": None})
+    assert alone == replace(said("q", "a"), context=1)
+    hidden = one(row, columns={"messages": None, **columns})
+    assert hidden == replace(said("q", "a", system="S"), context=2)
     assert one({"chat": sharegpt("q", "a")}, columns={"messages": "chat"}) == said("q", "a")
     assert one({"story": "once"}, columns={"text": "story"}) == Dialogue([], "once")
 
@@ -327,7 +332,7 @@ def test_pairs_are_imitated():
     pair = Pair([Message("user", "q")], *sides, source="here", weight=2.5)
     for source in ([pair], load_preferences([pair])):
         dialogues = load_dialogues(source)
-        assert list(dialogues) == [Dialogue(QA.turns, None, "here", 2.5)]
+        assert list(dialogues) == [Dialogue(QA.turns, None, "here", 2.5, context=1)]
         assert "chosen" in dialogues.report.reason
 
 
@@ -345,3 +350,15 @@ def test_hh_rlhf(hh_path):
             t.replace(": ", ":") for t in texts
         }
     assert dialogues.report.dropped["an assistant turn is empty"] > 0
+
+
+def test_what_is_given_is_not_imitated_and_decides_what_is_held_out():
+    """Of a pair only the chosen response, of a prompt of several turns only the completion."""
+    turns = said(*"qarb").turns
+    pair = Pair(turns[:3], turns[3:], [Message("assistant", "c")])
+    row = {"prompt": roles("q", "a", "r"), "completion": "b"}
+    for dialogue in (load_dialogues([pair])[0], one(row)):
+        assert dialogue == Dialogue(turns, context=3) and dialogue.prompt == pair.prompt
+    opened = {"prompt": [{"role": "assistant", "content": "hi"}, *roles("q")], "completion": "a"}
+    assert [turn.content for turn in one(opened).turns] == ["hi", "q", "a"], "given as it is"
+    assert one(opened).prompt == one(opened).turns[:2]

@@ -529,3 +529,18 @@ def test_the_tokenizer_is_called_for_many_dialogues_at_once():
     # Three batches: the whole, where each answer begins, and where the first one ends.
     assert [n for n in calls if n > 1] == [4 * 256, 4 * 256, 4 * 88]
     assert len(calls) <= 12
+
+
+def test_turns_that_are_given_are_not_scored(tiny_model):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    turns = [
+        Message(r, c)
+        for r, c in zip(("user", "assistant") * 2, ("q", "aa", "r", "bb"), strict=True)
+    ]
+    every, last = (Dialogue(turns, context=given) for given in (0, 3))
+    for dialogue, texts in ((every, [" aa", " bb"]), (last, [" bb"])):
+        (item,) = encode_dialogues([dialogue], tokenizer)
+        scored = item.responses[0] if item.scored is None else item.responses[0][item.scored]
+        assert tokenizer.decode(scored) == "".join(texts) + tokenizer.eos_token
+    (whole,) = encode_dialogues([last], tokenizer, loss_on="all")
+    assert len(whole.prompt) == 1 and whole.scored is None

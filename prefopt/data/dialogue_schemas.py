@@ -47,14 +47,12 @@ def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
         context, marker, opening = prompt.rpartition(ASSISTANT)
         if marker and not opening.strip():  # the space after the marker is the marker's
             reply = reply if opening else reply.removeprefix(" ")
-            return _dialogue(row, [*read_transcript(context), Message("assistant", reply)])
-    turns: list[Message] = []
-    for value, role in ((prompt, "user"), (reply, "assistant")):
-        spoken = read_spoken(value, role)
-        if isinstance(spoken, str):
-            return spoken
-        turns += spoken
-    return _dialogue(row, turns)
+            turns = read_transcript(context)
+            return _dialogue(row, [*turns, Message("assistant", reply)], len(turns))
+    asked, answered = read_spoken(prompt, "user"), read_spoken(reply, "assistant")
+    if isinstance(asked, str) or isinstance(answered, str):
+        return asked if isinstance(asked, str) else str(answered)
+    return _dialogue(row, asked + answered, len(asked))
 
 
 def from_instruction(row: RowDict, answer: str) -> Dialogue | str:
@@ -85,7 +83,8 @@ def from_pair(pair: Pair | str) -> Dialogue | str:
     """The conversation that was preferred."""
     if isinstance(pair, str):
         return pair
-    return Dialogue(pair.prompt + pair.chosen, None, pair.source, pair.weight)
+    turns, given = pair.prompt + pair.chosen, len(pair.prompt)
+    return Dialogue(turns, None, pair.source, pair.weight, given)
 
 
 def read_spoken(value: Any, role: str) -> list[Message] | str:
@@ -103,13 +102,13 @@ def _role_and_content(message: Any) -> Any:
     return {"role": role, "content": message.get("value")}
 
 
-def _dialogue(row: RowDict, turns: list[Message] | str) -> Dialogue | str:
+def _dialogue(row: RowDict, turns: list[Message] | str, context: int = 0) -> Dialogue | str:
     if isinstance(turns, str):
         return turns
     system = row.get("system")
     if isinstance(system, str) and system and not (turns and turns[0].role == "system"):
-        turns = [Message("system", system), *turns]
-    return Dialogue(turns, None, _source(row))
+        turns, context = [Message("system", system), *turns], context + (context > 0)
+    return Dialogue(turns, None, _source(row), context=context)
 
 
 def _source(row: RowDict) -> str | None:
@@ -118,7 +117,7 @@ def _source(row: RowDict) -> str | None:
 
 # --- the list of them -------------------------------------------------------------------------
 
-IMITATED = "the assistant turns of prompts and chosen responses are imitated"
+IMITATED = "chosen responses are imitated"
 EVERY = "every assistant turn is imitated"
 
 
@@ -137,7 +136,7 @@ def _prompt_schema(answer: str) -> Schema:
     return Schema(
         f"prompt and {answer}",
         ("prompt", answer),
-        f"{answer!r} answers 'prompt'; {EVERY}, those of a prompt of several turns too",
+        f"{answer!r} answers 'prompt' and is imitated",
         lambda row: all(isinstance(row.get(key), str | list) for key in ("prompt", answer)),
         lambda row: from_prompt(row, answer),
     )

@@ -156,9 +156,10 @@ def _usable(dialogue: Dialogue) -> tuple[Dialogue | str, int]:
     opens the conversation, because they answer nothing)."""
     if dialogue.text is not None:
         return (dialogue if dialogue.text.strip() else "the text is empty"), 0
-    turns = dialogue.turns
+    turns, given = dialogue.turns, dialogue.context
     first = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
-    answers = [turn for turn in turns[first:] if turn.role == "assistant"]
+    first = 0 if given else first  # what is given stays as it is
+    answers = [turn for turn in turns[first + given :] if turn.role == "assistant"]
     if not answers:
         return ("nothing comes before the assistant's turn" if first else "no assistant turn"), 0
     if not all(turn.content.strip() for turn in answers):
@@ -172,7 +173,8 @@ def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialog
     for where, dialogue in dialogues:
         usable, cut = (dialogue, 0) if isinstance(dialogue, str) else _usable(dialogue)
         if not isinstance(usable, str):
-            usable = [usable.turns, usable.text, usable.source, usable.weight]
+            about = [usable.text, usable.source, usable.weight, usable.context]
+            usable = [usable.turns, *about]
         opened += out.take(where, usable) and cut > 0
     if opened:
         report.notes.append(f"opened with an assistant turn, which was cut: {opened:,}")

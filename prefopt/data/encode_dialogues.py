@@ -144,7 +144,8 @@ def _tokenized(
 def _render(dialogue: Dialogue, tokenizer: Any, template: str, loss_on: str) -> _Texts | str:
     if dialogue.text is not None:
         return _Texts(dialogue.text, None)
-    answers = [i for i, turn in enumerate(dialogue.turns) if turn.role == "assistant"]
+    spoken = (i for i, turn in enumerate(dialogue.turns) if turn.role == "assistant")
+    answers = [i for i in spoken if i >= dialogue.context]
     if not answers:
         return "no assistant turn"
     turns = dialogue.turns[: answers[-1] + 1]  # what follows answers nothing

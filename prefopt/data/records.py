@@ -42,21 +42,24 @@ class Pair:
 class Dialogue:
     """What to imitate: a conversation, or in `text` plain text without speakers (then no turns).
 
-    `source` and `weight` as of a `Pair`.
+    The first `context` turns are given: what the assistant says in them is not imitated. `source`
+    and `weight` as of a `Pair`.
     """
 
     turns: list[Message]
     text: str | None = None
     source: str | None = None
     weight: float = 1.0
+    context: int = 0
 
     @property
     def prompt(self) -> list[Message]:
-        """The turns before the assistant speaks first; of plain text, the text itself."""
+        """The turns before the first that is imitated; of plain text, the text itself."""
         if self.text is not None:
             return [Message("text", self.text)]
-        first = next((i for i, m in enumerate(self.turns) if m.role == "assistant"), None)
-        return self.turns[:first]
+        turns = enumerate(self.turns)
+        spoken = (i for i, m in turns if m.role == "assistant" and i >= self.context)
+        return self.turns[: next(spoken, None)]
 
 
 @dataclass(frozen=True)
