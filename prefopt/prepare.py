@@ -139,7 +139,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
-    """What decides which pairs a step sees: must be equal for a resumed run."""
+    """What decides which items a step sees, and what it does: must be equal for a resumed run."""
     keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
     digest = hashlib.sha256()
     for i in plan.train:
@@ -150,6 +150,7 @@ def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         digest.update(repr(extras).encode() if extras != (1.0, None, None) else b"")
         digest.update(b"" if item.scored is None else item.scored.tobytes())
     settings = {k: getattr(config, k) for k in keys}
+    settings["objective"] = plan.notes["objective"]
     return {**settings, "steps": plan.steps, "token ids": digest.hexdigest()[:16]}
 
 

@@ -132,3 +132,10 @@ def test_kto_learns_and_says_its_baseline(run):
     assert last["loss"] < 0.5 and last["rewards/margins"] > 0.01
     after = json.loads((done.dir / "evaluation.json").read_text())["after"]
     assert after["accuracy"] > 0.6 and after["margin_mean"] > 0
+
+
+def test_a_run_is_not_resumed_with_another_loss(run):
+    whole = run("whole", DPO("ipo"), max_steps=2)
+    path = str(whole.dir / "checkpoints" / "step-000001")
+    with pytest.raises(InputError, match="saved with objective = ipo and this run has hinge"):
+        run("other", DPO("hinge"), max_steps=2, resume=path)
