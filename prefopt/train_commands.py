@@ -140,7 +140,9 @@ def dpo(
 
     shaping = {"divergence": divergence, "divergence_alpha": divergence_alpha}
     shaping |= {"ld_alpha": ld_alpha, "wpo": wpo}
-    options = loss_options or {}
+    options = dict(loss_options or {})
+    if "beta" in options:
+        raise InputError("the loss's beta is --beta, not --loss.beta")
     if loss == "kto":
         objective: Any = KTO(**_kto_options(beta, options, shaping))
     else:

@@ -128,6 +128,7 @@ def test_sources_are_mixed_with_weights_and_told_apart(flags, tmp_path, pairs, c
         (["--loss", "simpo", "--loss.gama", "1"], "takes no 'gama' (did you mean 'gamma'?)"),
         (["--loss", "dpo + 0.2*sfd"], "unknown loss 'sfd'"),
         (["--loss", "nowhere:f"], "there is no module 'nowhere'"),
+        (["--loss.beta", "0.3"], "the loss's beta is --beta"),
         (["--loss", "simpo", "--ref_sync_steps", "2"], "moves a reference, and simpo has none"),
         (["--loss", "aot", "--divergence", "forward_kl"], "sorts policy and reference apart"),
         (["--loss", "kto", "--ld_alpha", "0.5"], "kto has none"),
