@@ -277,9 +277,10 @@ class _Loop:
             on_batch=lambda _: self.stop.check(),
         )  # fmt: skip
         self.progress.update(len(held_out))
-        low, high = (result.summary.get(f"accuracy_{end}") for end in ("low", "high"))
         row = {f"eval_{k}": v for k, v in result.metrics.items()}
-        interval = {} if low is None else {"eval_accuracy_low": low, "eval_accuracy_high": high}
+        ends = (f"{name}_{end}" for name in ("accuracy", "perplexity") for end in ("low", "high"))
+        known = ((key, result.summary.get(key)) for key in ends)
+        interval = {f"eval_{key}": value for key, value in known if value is not None}
         self.run_dir.add_evaluation(stage, {**result.summary, **result.metrics})
         self.log.write({"step": self.step, **row, **interval})
         self.evaluated.add(self.step)

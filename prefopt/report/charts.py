@@ -130,7 +130,8 @@ def _loss(axes: Any, run: RunRecord) -> bool:
 
 
 def _perplexity(axes: Any, run: RunRecord) -> bool:
-    return _held_out(axes[0], run.evals, "eval_perplexity", "held", "held-out, 95% interval")
+    label = "held-out, 95% interval"
+    return _held_out(axes[0], run.evals, "eval_perplexity", "held", label, "perplexity")
 
 
 def _reliability(axes: Any, run: RunRecord) -> bool:
