@@ -141,6 +141,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     """What decides which items a step sees, and what it does: must be equal for a resumed run."""
     keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
+    keys += ("ref_sync_steps", "ref_sync_alpha")
     digest = hashlib.sha256()
     for i in plan.train:
         item = plan.encoded[i]

@@ -139,3 +139,10 @@ def test_a_run_is_not_resumed_with_another_loss(run):
     path = str(whole.dir / "checkpoints" / "step-000001")
     with pytest.raises(InputError, match="saved with objective = ipo and this run has hinge"):
         run("other", DPO("hinge"), max_steps=2, resume=path)
+
+
+def test_a_run_is_not_resumed_with_another_reference(run):
+    whole = run("whole", max_steps=2)
+    path = str(whole.dir / "checkpoints" / "step-000001")
+    with pytest.raises(InputError, match="saved with ref_sync_steps = None and this run has 2"):
+        run("other", max_steps=2, resume=path, ref_sync_steps=2)
