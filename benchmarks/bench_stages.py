@@ -33,7 +33,7 @@ from common import (
     versions,
     write_result,
 )  # fmt: skip
-from dpo_sides import ALPHA, BATCH, LR, MAX_LENGTH, RANK, TARGETS, TRL_MODES, given, prepare
+from dpo_sides import ALPHA, BATCH, LR, MAX_LENGTH, RANK, TARGETS, TRL_MODES, given, prepare, timer
 
 TASKS = ("sft", "reward")
 KEYS = ("items_per_s", "items_per_cpu_s", "peak_rss")
@@ -46,18 +46,11 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     autocast, weights = TRL_MODES[job["dtype"]][job["mode"]]
     clock, sft = Clock(), job["task"] == "sft"
-
-    class Timer(TrainerCallback):
-        def on_step_end(self, args, state, control, **kw):
-            if state.global_step == 1:
-                clock.start()
-            elif state.global_step == state.max_steps:
-                clock.stop()
 
     make, trainer_class = (SFTConfig, SFTTrainer) if sft else (RewardConfig, RewardTrainer)
     config = make(
@@ -79,7 +72,7 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         train_dataset=Dataset.from_list(rows),
         peft_config=lora,
-        callbacks=[Timer()],
+        callbacks=[timer(clock)],
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

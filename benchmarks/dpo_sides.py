@@ -149,19 +149,9 @@ def given(job: dict[str, Any]) -> list[dict[str, Any]]:
 # --- the sides -----------------------------------------------------------------------------------
 
 
-def trl_side(job: dict[str, Any]) -> dict[str, Any]:
-    """Worker: DPOTrainer over the pairs, timed from the end of the first step to the last."""
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    autocast, weights = TRL_MODES[job["dtype"]][job["mode"]]
-    clock, precompute = Clock(), Clock()
-    share = job["steps"] / (1 + job["steps"])  # of the precompute: not the warm-up's pairs
+def timer(clock: Clock):
+    """A trainer's callback: the clock runs from the end of the first step to that of the last."""
+    from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
@@ -169,6 +159,23 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
                 clock.start()
             elif state.global_step == state.max_steps:
                 clock.stop()
+
+    return Timer()
+
+
+def trl_side(job: dict[str, Any]) -> dict[str, Any]:
+    """Worker: DPOTrainer over the pairs, timed from the end of the first step to the last."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    autocast, weights = TRL_MODES[job["dtype"]][job["mode"]]
+    clock, precompute = Clock(), Clock()
+    share = job["steps"] / (1 + job["steps"])  # of the precompute: not the warm-up's pairs
 
     class Timed(DPOTrainer):
         def _precompute_ref_logps(self, *args, **kw):
@@ -192,7 +199,7 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         train_dataset=Dataset.from_list([x["pair"] for x in given(job)]),
         peft_config=lora,
-        callbacks=[Timer()],
+        callbacks=[timer(clock)],
     )
     trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]

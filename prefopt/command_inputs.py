@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
 from prefopt.terminal import say
 
@@ -82,14 +85,10 @@ def pairs_or_rankings(source: Any, **options: Any) -> Any:
 
 
 def pairs_or_dialogues(source: Any, **options: Any) -> Any:
-    """For imitation; of pairs, which hold out the same prompts here as elsewhere, the chosen."""
+    """For a language model, whatever it was trained on."""
     from prefopt.data.dialogues import load_dialogues
-    from prefopt.data.sources import Preferences
 
-    result = _pairs_or(load_dialogues, None, source, options)
-    if isinstance(result, Preferences):
-        result.report.notes.append("the chosen responses are imitated")
-    return result
+    return _pairs_or(load_dialogues, None, source, options)
 
 
 def pairs_or_feedback(source: Any, **options: Any) -> Any:
@@ -115,3 +114,33 @@ def _pairs_or(
     if pairs or not (marks is None or marks & names):
         return load_preferences(source, **options)
     return load(source, **options)
+
+
+def reference_of(model: str, reference: str | None, policy: Policy, dtype: str, device: str):
+    """batch -> reference log-probs [N] of --reference, else of what the run or adapter began as."""
+    import torch
+    import yaml
+
+    from prefopt import loading
+    from prefopt.nn.lora import adapters
+
+    config, asked = Path(model) / "config.yaml", reference is not None
+    if reference is None and config.is_file():
+        reference = yaml.safe_load(config.read_text()).get("model")
+    if reference is None and policy.adapter is None:
+        raise InputError(
+            f"{model} is neither a run nor an adapter, so it is not known what it started from; "
+            "name the starting model with --reference"
+        )
+    began = loading.Source(policy.base) if reference is None else loading.resolve(reference)
+    same = began.adapter is None and loading.absolute(began.base) == policy.base
+    # A base that was made 4-bit for the adapter is the one in memory, not the folder's.
+    is_base = policy.adapter is not None and same and not (asked and policy.kind)
+    other = policy if is_base else load_policy(str(reference), None, dtype, device)
+
+    @torch.no_grad()
+    def logprobs(batch):
+        with adapters(policy.model, None) if is_base else contextlib.nullcontext():
+            return other(batch.to(other.device))
+
+    return logprobs

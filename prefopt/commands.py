@@ -5,12 +5,9 @@ Heavy imports stay inside the functions, so that `prefopt --help` answers at onc
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefopt.command_inputs import (
     Dtype,
@@ -19,12 +16,10 @@ from prefopt.command_inputs import (
     pairs_or_rankings,
     quiet_transformers,
     records,
+    reference_of,
 )
 from prefopt.errors import InputError
 from prefopt.terminal import evaluation_lines, say
-
-if TYPE_CHECKING:
-    from prefopt.policy import Policy
 
 
 def evaluate(
@@ -61,14 +56,13 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, xpu or mps.
         out: JSON file to write the result to.
     """
-    from prefopt import durable
+    from prefopt import durable, loading
     from prefopt.data.packing import pack
     from prefopt.data.sources import load_preferences
     from prefopt.data.split import split_pairs
     from prefopt.evaluate import evaluate as run_evaluation
     from prefopt.objectives.dpo import DPO
     from prefopt.objectives.reward import Reward
-    from prefopt.prepare import context_length
 
     if held_out is not None and not 0 < held_out < 1:
         raise InputError(f"held_out is {held_out!r}; it must be between 0 and 1")
@@ -80,11 +74,11 @@ def evaluate(
     if held_out is not None:
         source = [source[i] for i in split_pairs(source, held_out)[1]]
     objective = Reward() if scores else DPO(beta=beta)
-    length = min(max_length, context_length(policy))
+    length = min(max_length, loading.context_length(policy.model))
     encoded = objective.encode(source, policy.tokenizer, max_length=length, template=template)
     batches = pack(encoded, max_tokens=micro_tokens, layout=policy.layout, ends=objective.ends)
     if not scores:
-        against = _reference(model, reference, policy, dtype, device)
+        against = reference_of(model, reference, policy, dtype, device)
         batches = (replace(b, ref_logprobs=against(b)) for b in batches)
     result = run_evaluation(policy, batches, objective)
     for line in evaluation_lines(result.summary):
@@ -94,36 +88,6 @@ def evaluate(
     if out:
         durable.write_json(out, {**result.summary, **result.metrics, "counts": encoded.counts})
     return 0
-
-
-def _reference(model: str, reference: str | None, policy: Policy, dtype: str, device: str):
-    """batch -> reference log-probs [N] of --reference, else of what the run or adapter began as."""
-    import torch
-    import yaml
-
-    from prefopt import loading
-    from prefopt.nn.lora import adapters
-
-    config, asked = Path(model) / "config.yaml", reference is not None
-    if reference is None and config.is_file():
-        reference = yaml.safe_load(config.read_text()).get("model")
-    if reference is None and policy.adapter is None:
-        raise InputError(
-            f"{model} is neither a run nor an adapter, so it is not known what it started from; "
-            "name the starting model with --reference"
-        )
-    began = loading.Source(policy.base) if reference is None else loading.resolve(reference)
-    same = began.adapter is None and loading.absolute(began.base) == policy.base
-    # A base that was made 4-bit for the adapter is the one in memory, not the folder's.
-    is_base = policy.adapter is not None and same and not (asked and policy.kind)
-    other = policy if is_base else load_policy(str(reference), None, dtype, device)
-
-    @torch.no_grad()
-    def logprobs(batch):
-        with adapters(policy.model, None) if is_base else contextlib.nullcontext():
-            return other(batch.to(other.device))
-
-    return logprobs
 
 
 def generate(

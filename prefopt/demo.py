@@ -57,8 +57,8 @@ class Demo:
 
     def run(self, name: str, objective: Any, policy: Policy, data: Any, **changes: Any) -> Any:
         """Train into a folder of its own; its evaluation before and after, None when stopped."""
-        steps = changes.pop("max_steps", None)
-        steps = min(steps or self.max_steps or 0, self.max_steps or steps or 0) or None
+        limits = [n for n in (changes.pop("max_steps", None), self.max_steps) if n]
+        steps = min(limits, default=None)
         config = TrainConfig(
             str(self.folder / name), max_steps=steps, cache=str(self.folder / "reference"),
             **{**SETTINGS, **changes},

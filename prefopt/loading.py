@@ -201,6 +201,11 @@ def stored_kind(base: str) -> str | None:
     return config.get("bnb_4bit_quant_type") if config.get("load_in_4bit") else None
 
 
+def context_length(model: Any) -> int:
+    """The most tokens it reads; without a limit of its own, more than there are."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 def remove_dropout(model: torch.nn.Module) -> None:
     """Set every dropout of the base model to zero.
 

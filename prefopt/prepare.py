@@ -22,6 +22,7 @@ from prefopt.data.packing import pack
 from prefopt.data.records import Message
 from prefopt.data.split import split_pairs
 from prefopt.errors import InputError
+from prefopt.loading import context_length
 from prefopt.metrics import Progress
 from prefopt.policy import Policy
 from prefopt.reference import ReferenceCache
@@ -42,7 +43,7 @@ class Plan:
 
 def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: TrainConfig) -> Plan:
     """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
-    longest = min(config.max_length, context_length(policy))
+    longest = min(config.max_length, context_length(policy.model))
     encoded = objective.encode(data, policy.tokenizer, max_length=longest, template=config.template)
     unit = objective.unit  # which may depend on the records
     at = {item.index: i for i, item in enumerate(encoded)}
@@ -70,11 +71,6 @@ def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: Train
         },
     }
     return Plan(encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes)
-
-
-def context_length(policy: Policy) -> int:
-    config = policy.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
 def step_groups(
@@ -147,8 +143,7 @@ def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         item = plan.encoded[i]
         for ids in (item.prompt, *item.responses):
             digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
-        extras = (item.weight, item.margin, item.labels)
-        digest.update(repr(extras).encode() if extras != (1.0, None, None) else b"")
+        digest.update(repr((item.weight, item.margin, item.labels)).encode())
         digest.update(b"" if item.scored is None else item.scored.tobytes())
     settings = {k: getattr(config, k) for k in keys}
     settings["objective"] = plan.notes["objective"]

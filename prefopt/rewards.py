@@ -11,18 +11,20 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from prefopt.data.encode import Encoded, check_limits, common_prefix, ended, tokenize
+from prefopt.data.encode import EncodedSet, Group, cut, encode_groups
 from prefopt.data.mixing import check_weights
 from prefopt.data.packing import pack
 from prefopt.data.records import Message
-from prefopt.data.template import choose_template, render_conversation, render_prompt
 from prefopt.errors import InputError
+from prefopt.loading import context_length
 from prefopt.nn.heads import ScoreStats
 from prefopt.policy import Policy
 from prefopt.user_functions import user_function
@@ -83,8 +85,7 @@ class RewardModel:
             )
         self.policy.eval()
         self.path, self.score_stats = str(path), self.policy.score_stats
-        config = self.policy.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        context = context_length(self.policy.model)
         self.max_length = min(max_length or context, context)
         self.micro_tokens = micro_tokens
 
@@ -101,35 +102,25 @@ class RewardModel:
 
 def encode_responses(
     prompts: Sequence[list[Message]], responses: Sequence[str], tokenizer: Any, *, max_length: int
-) -> list[Encoded]:
+) -> EncodedSet:
     """Every response behind its prompt, by the rules of data.encode, in order and none left out.
 
     Neighbours with the same prompt share it. A response is cut to fit ``max_length``; a prompt that
-    leaves no room for one is an InputError.
+    leaves no room for one, or that the template refuses, is an InputError.
     """
-    check_limits(tokenizer, max_length)
-    template = choose_template(tokenizer).name
-    turns = [[Message("assistant", text)] for text in responses]
-    texts = [render_prompt(prompt, tokenizer, template) for prompt in prompts]
-    wholes = [
-        render_conversation(prompt, turn, tokenizer, template)
-        for prompt, turn in zip(prompts, turns, strict=True)
+    groups = [
+        Group(prompt, [[Message("assistant", text)] for _, text in part], {})
+        for prompt, part in groupby(zip(prompts, responses, strict=True), key=itemgetter(0))
     ]
-    asked, whole = tokenize(texts, tokenizer, template), tokenize(wholes, tokenizer, template)
-    items, start = [], 0
-    for end in range(1, len(prompts) + 1):
-        if end < len(prompts) and prompts[end] == prompts[start]:
-            continue
-        size = min(common_prefix(asked[start], ids) for ids in whole[start:end])
-        if not 0 < size < max_length:
-            raise InputError(
-                f"the prompt {_short(prompts[start][-1].content)} has {size:,} tokens, and the "
-                f"model reads {max_length:,} with the response"
-            )
-        cut = (ended(ids[size:], tokenizer)[: max_length - size] for ids in whole[start:end])
-        items.append(Encoded(asked[start][:size].copy(), tuple(cut), start))
-        start = end
-    return items
+    encoded = encode_groups(groups, tokenizer, cut, max_length, "auto", "prompt")
+    missing = set(range(len(groups))) - {item.index for item in encoded}
+    if missing:
+        why = next(key for key in encoded.counts if key.startswith("dropped: "))
+        raise InputError(
+            f"the prompt {_short(groups[min(missing)].prompt[-1].content)} cannot be scored by a "
+            f"model that reads {max_length:,} tokens: {why.removeprefix('dropped: ')}"
+        )
+    return encoded
 
 
 def score(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt import loading
 from prefopt.config import TrainConfig, default_cache
 from prefopt.data.encode import EncodedSet
 from prefopt.data.packing import Batch, pack
@@ -17,7 +18,6 @@ from prefopt.data.pairing import pair_up
 from prefopt.data.records import Message, Pair
 from prefopt.evaluate import evaluate
 from prefopt.policy import Policy
-from prefopt.prepare import context_length
 from prefopt.reference import ReferenceCache
 from prefopt.sampling import Answers, promptly
 from prefopt.stop import StopSignal
@@ -94,7 +94,7 @@ def held_out_batches(
     if not any(row["lineage"]["held_out"] for row in rows):
         return []
     policy.use_float32_masters()  # as in training: then its reference log-probs are these
-    longest = min(config.max_length, context_length(policy))
+    longest = min(config.max_length, loading.context_length(policy.model))
     options = {"max_length": longest, "template": config.template}
     encoded = objective.encode(pairs, policy.tokenizer, **options)
     items = [item for item in encoded if rows[item.index]["lineage"]["held_out"]]

@@ -36,7 +36,6 @@ from prefopt.metrics import Progress
 from prefopt.nn.lora_config import LoraConfig
 from prefopt.objectives.dpo import DPO
 from prefopt.policy import Policy
-from prefopt.prepare import context_length
 from prefopt.rewards import Reward, check_reward, combine, load_reward
 from prefopt.round_files import RoundsFile, described, digest, figures, show, spelled
 from prefopt.round_pairs import AsSampled, held_out_batches, judge, pair_rows
@@ -219,7 +218,7 @@ class _Rounds:
     def split(self) -> None:
         """Which prompts are asked in training and which are held out, of those that fit."""
         config, limit = self.config, self.sampler.max_new_tokens
-        longest = min(config.max_length, context_length(self.policy))
+        longest = min(config.max_length, loading.context_length(self.policy.model))
         asked = list(self.prompts)
         lengths = prompt_lengths(asked, self.policy.tokenizer, config.template)
         fitting = [i for i, n in enumerate(lengths) if n is not None and n + limit <= longest]

@@ -40,14 +40,19 @@ def f_divergence(p: PairLogps, *, kind: str = "reverse_kl", alpha: float = 0.5) 
     0 also in losses of single log-ratios. Powers of u above e^30 go on as their tangent, in r.
     Gradients go through ref_chosen and ref_rejected. Wang et al. 2023 (arXiv 2309.16240, table 1).
     """
-    if kind not in DIVERGENCES:
-        raise InputError(f"divergence is {kind!r}; it is one of {', '.join(DIVERGENCES)}")
-    if not 0 < alpha < 1:
-        raise InputError(f"the alpha of a divergence is {alpha!r}; it must be above 0 and below 1")
+    check_divergence(kind, alpha)
     slope = DIVERGENCES[kind]
     chosen = p.chosen - slope(p.chosen - p.ref_chosen, alpha)
     rejected = p.rejected - slope(p.rejected - p.ref_rejected, alpha)
     return p._replace(ref_chosen=chosen, ref_rejected=rejected)
+
+
+def check_divergence(kind: str, alpha: float) -> None:
+    """InputError for a divergence that there is not, or an alpha out of range."""
+    if kind not in DIVERGENCES:
+        raise InputError(f"divergence is {kind!r}; it is one of {', '.join(DIVERGENCES)}")
+    if not 0 < alpha < 1:
+        raise InputError(f"the alpha of a divergence is {alpha!r}; it must be above 0 and below 1")
 
 
 def _expm1(x: Tensor) -> Tensor:

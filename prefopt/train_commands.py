@@ -13,7 +13,6 @@ from prefopt.command_inputs import (
     Dtype,
     Quantize,
     load_policy,
-    pairs_or_dialogues,
     pairs_or_feedback,
     pairs_or_rankings,
     quiet_transformers,
@@ -91,10 +90,11 @@ def sft(
     Args:
         loss_on: tokens that are learnt, the assistant's turns or all.
     """
+    from prefopt.data.dialogues import load_dialogues
     from prefopt.objectives.sft import SFT
 
     settings = {"loss_on": loss_on}
-    return _run(SFT(loss_on=loss_on), config, setup, pairs_or_dialogues, settings)
+    return _run(SFT(loss_on=loss_on), config, setup, load_dialogues, settings)
 
 
 def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float = 0.0) -> int:

@@ -93,10 +93,10 @@ def merge(
     """
     from prefopt.data.records import Pair
     from prefopt.export import merge_policy
+    from prefopt.loading import context_length
     from prefopt.objectives.dpo import DPO
     from prefopt.objectives.reward import Reward
     from prefopt.objectives.sft import SFT
-    from prefopt.prepare import context_length
 
     new_folder(out)
     if pairs_checked < 1:
@@ -109,7 +109,7 @@ def merge(
     original = None
     if into == "original":
         original = load_policy(model, None, dtype, device, "none")
-    length = min(max_length, context_length(policy))
+    length = min(max_length, context_length(policy.model))
     taken = list(islice(source, pairs_checked))
     pairs = isinstance(taken[0], Pair)
     objective: Any = Reward() if scores else DPO() if pairs else SFT()

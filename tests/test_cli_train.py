@@ -53,7 +53,7 @@ def test_sft_from_any_kind_of_text(flags, tmp_path, pairs, capsys):
         assert told["after"]["perplexity"] < 0.8 * told["before"]["perplexity"], name
         report = json.loads((tmp_path / f"sft-{name}" / "data_report.json").read_text())
         assert (report["objective"], report["unit"]) == ("sft", "dialogues")
-    assert "the chosen responses are imitated" in shown
+    assert "chosen responses are imitated" in shown
 
 
 def test_sft_on_pairs_holds_out_what_dpo_does(flags, tmp_path, pairs):

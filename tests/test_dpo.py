@@ -77,7 +77,7 @@ def test_at_the_start_the_loss_is_ln_2_and_every_margin_0(tiny_model, pairs, lor
     assert count == 6 and total.item() / 6 == pytest.approx(math.log(2), abs=1e-6)
     assert metrics.keys() == TRL_NAMES
     assert metrics["rewards/margins"] == metrics["rewards/accuracies"] == 0
-    assert torch.equal(DPO().pair_logps(policy, batch).margin, torch.zeros(6))
+    assert torch.equal(DPO().read(policy, batch)[0].margin, torch.zeros(6))
 
 
 def test_loss_metrics_and_gradient_are_those_of_whole_sequences(tiny_model, pairs):
@@ -138,7 +138,7 @@ def test_weights_scale_the_loss_of_their_pair_only(tiny_model, pairs):
     moved(policy)
     objective = DPO()
     total, count, metrics = objective(policy, batch)
-    p = objective.pair_logps(policy, batch)
+    p = objective.read(policy, batch)[0]
     expected = (losses.dpo(p) * torch.arange(6)).sum()
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
     assert count == 6
@@ -150,7 +150,7 @@ def test_lengths_are_the_scored_tokens(tiny_model, pairs):
     policy = new_policy(tiny_model)
     encoded = encoded_of(policy, pairs)
     (batch,) = batches_of(policy, encoded)
-    p = DPO().pair_logps(policy, batch)
+    p = DPO().read(policy, batch)[0]
     assert p.chosen_len.tolist() == [len(e.responses[0]) for e in encoded]
     assert p.rejected_len.tolist() == [len(e.responses[1]) for e in encoded]
 
@@ -168,7 +168,7 @@ def test_any_callable_is_a_loss(tiny_model, pairs):
 
     objective = DPO(loss=squared, beta=0.2)
     total, _, metrics = objective(policy, batch)
-    margin = objective.pair_logps(policy, batch).margin
+    margin = objective.read(policy, batch)[0].margin
     torch.testing.assert_close(total, ((margin - 1) ** 2).sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(metrics["rewards/margins"], (0.2 * margin).sum(), rtol=1e-4, atol=0)
     assert objective.name == "squared" and DPO().name == "dpo"
@@ -207,6 +207,8 @@ def test_what_a_batch_must_have(tiny_model, pairs):
         ({"loss": "simpo", "divergence": "forward_kl"}, "'simpo' has no reference to diverge from"),
         ({"loss": "aot", "divergence": "forward_kl"}, "sorts policy and reference apart"),
         ({"loss": "aot_unpaired", "wpo": True}, "sorts pairs over the batch; wpo weights them"),
+        ({"divergence": "alpha_divergence", "divergence_alpha": 2.0}, "alpha of a divergence is 2"),
+        ({"loss": "dpo + 0.5*aot", "divergence": "forward_kl"}, "sorts policy and reference apart"),
         ({"ld_alpha": 1.5}, r"ld_alpha is 1.5; it must be in \[0, 1\]"),
     ],
 )
@@ -231,3 +233,15 @@ def test_the_reference_free_need_none(tiny_model, pairs):
     total, count, metrics = DPO("simpo", gamma=0.3)(policy, batch)
     assert torch.isfinite(total) and count == 6
     assert metrics["rewards/accuracies"] == (metrics["rewards/accuracies"]).round()
+
+
+def test_weights_are_refused_before_anything_is_done_by_a_loss_that_sorts(tiny_model, pairs):
+    policy = new_policy(tiny_model)
+    weighted = [replace(pair, weight=2.0) for pair in pairs]
+    options = {"max_length": 128, "template": "auto"}
+    with pytest.raises(InputError, match="'aot' sorts pairs, which therefore have no weights"):
+        DPO("aot").encode(weighted, policy.tokenizer, **options)
+    encoded = DPO("dpo").encode(weighted, policy.tokenizer, **options)
+    (batch,) = batches_of(policy, list(encoded))
+    with pytest.raises(InputError, match="no weights"):
+        DPO("aot")(policy, batch)

@@ -280,9 +280,12 @@ def test_a_long_response_is_cut_and_a_long_prompt_is_an_error(folders):
     long, longer = (reward([ask("Why?")], ["so " * n])[0] for n in (200, 300))
     assert long == longer
     with pytest.raises(
-        InputError, match=r"the prompt 'why .*\.\.\.' has \d+ tokens, and the model"
+        InputError, match=r"to the prompt 'why .*\.\.\.': .*prompt fills max_length"
     ):
         score(reward, "rm", [ask("why " * 100)], ["No."])
+    reason = r"the prompt 'why .*\.\.\.' cannot be scored .* reads 64 tokens: prompt fills max_len"
+    with pytest.raises(InputError, match=reason):
+        reward([ask("Why?"), ask("why " * 100)], ["So.", "No."])
 
 
 def test_a_language_model_is_no_reward(tiny_model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.data.dialogue_schemas import DIALOGUES, IMITATED, NAMES, from_pair
 from prefopt.data.files import open_rows
-from prefopt.data.records import DataReport, Dialogue, Message, Pair
+from prefopt.data.records import DataReport, Dialogue, Message, Pair, are_messages
 from prefopt.data.schemas import RowDict, Schema
 from prefopt.data.sources import (
     SAMPLE,
@@ -143,10 +143,7 @@ def _record(item: Any) -> Dialogue | str:
     if item.text is not None:
         text_only = isinstance(item.text, str) and not item.turns
         return item if text_only else "a record with a text that is no text, or turns beside it"
-    if not isinstance(item.turns, list) or not all(
-        isinstance(turn, Message) and isinstance(turn.role, str) and isinstance(turn.content, str)
-        for turn in item.turns
-    ):
+    if not are_messages(item.turns):
         return "turns that are not a list of Message(role, content) with text"
     return item
 

@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from prefopt.data.records import DataReport
 from prefopt.errors import InputError
@@ -16,7 +16,7 @@ SPOOL_BYTES = 64 << 20  # records beyond this go from memory to disk
 T = TypeVar("T")
 
 
-class Spool(Sequence[T], Generic[T]):
+class Spool(Sequence[T]):
     """Records as JSON lines, read one at a time; `report` says how they came about.
 
     `decode` makes a record of the fields it was appended as.

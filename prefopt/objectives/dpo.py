@@ -5,7 +5,7 @@ Shapes: B pairs, R = 2B responses (chosen, rejected, chosen, ...), N scored toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
 from prefopt.loss_names import loss_from
 from prefopt.losses import PairLogps
-from prefopt.shaping import DIVERGENCES, desensitised, f_divergence, wpo_weights
+from prefopt.shaping import check_divergence, desensitised, f_divergence, wpo_weights
 from prefopt.stats import Evaluation, preference_evaluation
 
 PER_TOKEN = ("simpo", "orpo", "sigmoid_norm")  # losses of mean log-probs
@@ -59,21 +59,27 @@ class DPO:
         self.whole_batch: bool = getattr(self.loss, "whole_batch", False)
         if not self.beta > 0:
             raise InputError(f"beta is {self.beta!r}; it must be above 0")
-        if divergence not in DIVERGENCES:
-            raise InputError(f"divergence is {divergence!r}; it is one of {', '.join(DIVERGENCES)}")
+        check_divergence(divergence, divergence_alpha)
         if ld_alpha is not None and not 0 <= ld_alpha <= 1:
             raise InputError(f"ld_alpha is {ld_alpha!r}; it must be in [0, 1]")
         if divergence != "reverse_kl" and not self.needs_reference:
             raise InputError(f"loss {self.name!r} has no reference to diverge from")
         if wpo and self.whole_batch:
             raise InputError(f"loss {self.name!r} sorts pairs over the batch; wpo weights them")
-        if divergence != "reverse_kl" and "aot" in self.name.replace("aot_unpaired", ""):
+        terms = {term.name for term in getattr(self.loss, "terms", ())}
+        if divergence != "reverse_kl" and "aot" in terms:
             raise InputError("loss 'aot' sorts policy and reference apart; a divergence joins them")
         self.divergence = {"kind": divergence, "alpha": divergence_alpha}
         self.ld_alpha, self.wpo = ld_alpha, wpo
 
     def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
-        return encode_pairs(data, tokenizer, max_length=max_length, template=template)
+        encoded = encode_pairs(data, tokenizer, max_length=max_length, template=template)
+        self._check_weights(item.weight for item in encoded)
+        return encoded
+
+    def _check_weights(self, weights: Iterable[float]) -> None:
+        if self.whole_batch and any(weight != 1 for weight in weights):
+            raise InputError(f"loss {self.name!r} sorts pairs, which therefore have no weights")
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of the losses of B pairs, B, sums over the pairs of what TRL logs as means)."""
@@ -81,12 +87,8 @@ class DPO:
         losses = self.losses(pairs) * weights
         return losses.sum(), len(losses), {k: v.sum() for k, v in self.metrics(pairs).items()}
 
-    def pair_logps(self, policy, batch: Batch) -> PairLogps:
-        """Summed log-probs of each pair under the policy and the reference."""
-        return self.read(policy, batch)[0]
-
     def read(self, policy, batch: Batch) -> tuple[PairLogps, Tensor]:
-        """(log-probs of the pairs, weights of the pairs [B])."""
+        """(summed log-probs of the pairs under policy and reference, weights of the pairs [B])."""
         if batch.ref_logprobs is None and self.needs_reference:
             raise InputError(
                 "the batch has no reference log-probs; fill ref_logprobs from "
@@ -95,12 +97,10 @@ class DPO:
         ids, r = batch.response_ids, batch.num_responses
         if r != 2 * batch.num_groups:
             raise InputError(f"{r} responses to {batch.num_groups} prompts are not pairs")
-        weights = torch.ones(r // 2, device=ids.device)
-        if batch.weights is not None and self.whole_batch:
-            raise InputError(
-                f"loss {self.name!r} sorts pairs over the batch, so they have no weights"
-            )
-        if batch.weights is not None:
+        self._check_weights(item.weight for item in batch.encoded)
+        if batch.weights is None:
+            weights = torch.ones(r // 2, device=ids.device)
+        else:
             weights = batch.weights[::2]
         if self.wpo:
             logprobs, collisions = policy(batch, collisions=True)
@@ -191,8 +191,8 @@ class _Linear:
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         losses, by_chosen, by_rejected = next(self.parts)
-        pairs, weights = self.objective.read(policy, batch)
+        pairs, _ = self.objective.read(policy, batch)  # whose weights are all 1
         slope = by_chosen * pairs.chosen + by_rejected * pairs.rejected
-        total = ((losses + slope - slope.detach()) * weights).sum()
+        total = (losses + slope - slope.detach()).sum()
         sums = {k: v.sum() for k, v in self.objective.metrics(pairs).items()}
         return total, len(losses), sums

@@ -35,12 +35,11 @@ from prefopt.stats import Evaluation, preference_evaluation
 
 
 class Responses(NamedTuple):
-    """log pi - log ref, label, length and log pi of R responses, [R]."""
+    """log pi - log ref, label and length of R responses, [R]."""
 
     logratios: Tensor
     labels: Tensor
     lengths: Tensor
-    logps: Tensor
 
 
 def next_prompts(encoded: Sequence[Encoded]) -> list[Encoded]:
@@ -115,7 +114,7 @@ class KTO:
         ref = sequence_logprobs(batch.ref_logprobs, ids, r)
         weights = torch.ones_like(ref) if batch.weights is None else batch.weights
         lengths = torch.bincount(ids, minlength=r)
-        return Responses(logps - ref, batch.labels, lengths, logps.detach()), weights
+        return Responses(logps - ref, batch.labels, lengths), weights
 
     def over(self, policy, batches: Sequence[Batch]) -> Callable:
         """With the baseline of a whole step, whose micro-batches hold only parts of it each."""
