@@ -28,7 +28,7 @@ COMMANDS: dict[str, Command] = {
     "sft": train_commands.sft,
     "reward": train_commands.reward,
     "dpo": train_commands.dpo,
-    "eval": commands.evaluate,
+    "eval": commands.evaluate_model,
     "generate": commands.generate,
     "demo": commands.demo,
     "quantize": weight_commands.quantize,

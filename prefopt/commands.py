@@ -22,7 +22,7 @@ from prefopt.errors import InputError
 from prefopt.terminal import evaluation_lines, say
 
 
-def evaluate(
+def evaluate_model(
     model: str,
     data: str = "embedded",
     split: str | None = None,
@@ -60,7 +60,7 @@ def evaluate(
     from prefopt.data.packing import pack
     from prefopt.data.sources import load_preferences
     from prefopt.data.split import split_pairs
-    from prefopt.evaluate import evaluate as run_evaluation
+    from prefopt.evaluate import evaluate
     from prefopt.objectives.dpo import DPO
     from prefopt.objectives.reward import Reward
 
@@ -80,7 +80,7 @@ def evaluate(
     if not scores:
         against = reference_of(model, reference, policy, dtype, device)
         batches = (replace(b, ref_logprobs=against(b)) for b in batches)
-    result = run_evaluation(policy, batches, objective)
+    result = evaluate(policy, batches, objective)
     for line in evaluation_lines(result.summary):
         say(line)
     if not scores:
