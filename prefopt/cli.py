@@ -22,7 +22,7 @@ from prefopt.usage import argument_message
 
 Command = Callable[..., int]
 BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force", "wpo")
-GROUPS = {"config": TrainConfig, "setup": Setup, "sampling": Sampling}  # parameters of many flags
+GROUPS = {"setup": Setup, "config": TrainConfig, "sampling": Sampling}  # parameters of many flags
 SUBJECT = {"report": "--run", "eval": "--model", "merge": "--model"}  # `prefopt report runs/hh`
 COMMANDS: dict[str, Command] = {
     "sft": train_commands.sft,

@@ -157,11 +157,11 @@ def env() -> int:
 
 
 def demo(out: str | None = None, max_steps: int | None = None) -> int:
-    """Train the tiny model in the package with DPO and show what it writes before and after.
+    """Go the whole way with the tiny model in the package: data check, SFT, reward model, DPO.
 
     Args:
-        out: folder of the run; null is a new folder under runs/.
-        max_steps: stop after so many steps.
+        out: folder of its runs; null is a new folder under runs/.
+        max_steps: stop every stage after so many steps.
     """
     from prefopt.demo import run_demo
 
