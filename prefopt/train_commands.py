@@ -32,8 +32,8 @@ class Setup:
         model: model, adapter or run folder, or hub id; embedded is the tiny model in the package.
         data: file, folder or hub id; embedded is the set in the package; several preference sets
             as {helpful: a.jsonl, harmless: b.jsonl}.
-        data_weights: share of each of several sets in the loss, for example {helpful: 2}; null
-            counts every pair once.
+        data_weights: share of each of several sets in the loss, for example {helpful: 2,
+            harmless: 1}; null counts every pair once.
         split: which split of the data.
         columns: names of your columns, for example {prompt: question, chosen: good, rejected: bad}.
         lora: adapter to train; null trains all weights.
