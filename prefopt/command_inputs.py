@@ -103,9 +103,10 @@ def _pairs_or(
 ) -> Any:
     """Pairs where the columns say which response was chosen; else what ``load`` makes of the rows
     if they have one of the columns ``marks`` (None: in any case)."""
+    from prefopt.data.detect import SAMPLE
     from prefopt.data.files import open_rows
-    from prefopt.data.schemas import RANKED_COLUMNS
-    from prefopt.data.sources import SAMPLE, load_preferences
+    from prefopt.data.rankings import RANKED_COLUMNS
+    from prefopt.data.sources import load_preferences
 
     columns = options.get("columns") or {}
     _, rows = open_rows(source, options.get("split"))

@@ -15,7 +15,7 @@ from prefopt.config import TrainConfig, default_cache
 from prefopt.data.encode import EncodedSet
 from prefopt.data.packing import Batch, pack
 from prefopt.data.pairing import pair_up
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Candidates, Message, Pair
 from prefopt.evaluate import evaluate
 from prefopt.policy import Policy
 from prefopt.reference import ReferenceCache
@@ -40,7 +40,8 @@ def pair_rows(
     """
     rows, dropped = [], Counter()
     for answer, scores in zip(answers, combined, strict=True):
-        paired = pair_up(prompts[answer.prompt], answer.responses, scores, **pairing)
+        turns = [[Message("assistant", text)] for text in answer.responses]
+        paired = pair_up(Candidates(prompts[answer.prompt], turns, list(scores)), **pairing)
         dropped.update(paired.dropped)
         for pair, picked in zip(paired.pairs, paired.picks, strict=True):
             about = {

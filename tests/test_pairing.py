@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 
 from prefopt import InputError, Message
 from prefopt.data.pairing import PAIRINGS, pair_up
+from prefopt.data.records import Candidates
 
 PROMPT = [Message("user", "a question")]
 
 
 def picks(scores, texts=None, **options):
     texts = texts or [f"answer {i}" for i in range(len(scores))]
-    return pair_up(PROMPT, texts, scores, **options)
+    responses = [[Message("assistant", text)] for text in texts]
+    return pair_up(Candidates(PROMPT, responses, scores), **options)
 
 
 def test_the_best_and_the_worst():
@@ -35,11 +37,11 @@ def test_every_two():
 
 
 def test_equal_scores_make_no_pair():
-    assert picks([1.0, 1.0, 1.0]).dropped == {"equal scores": 1}
+    assert picks([1.0, 1.0, 1.0]).dropped == {"tie": 1}
     rest = picks([1.0, 0.0, 1.0], pairing="best_rest")
-    assert rest.picks == [(0, 1)] and rest.dropped == {"equal scores": 1}
+    assert rest.picks == [(0, 1)] and rest.dropped == {"tie": 1}
     every = picks([1.0, 0.0, 1.0, 0.0], pairing="all")
-    assert every.picks == [(0, 1), (0, 3), (2, 1), (2, 3)] and every.dropped == {"equal scores": 2}
+    assert every.picks == [(0, 1), (0, 3), (2, 1), (2, 3)] and every.dropped == {"tie": 2}
 
 
 def test_among_equals_the_first_is_taken():
@@ -88,7 +90,10 @@ def test_what_holds_for_any_responses(samples, pairing, gap):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairing": "best"}, "pairing is 'best'; it is one of best_worst, best_rest, all"),
+        (
+            {"pairing": "best"},
+            "pairing is 'best'; it is one of best_worst, best_rest, adjacent, all",
+        ),
         ({"min_gap": -1.0}, "min_gap is -1.0"),
         ({"min_gap": float("nan")}, "min_gap is nan"),
     ],

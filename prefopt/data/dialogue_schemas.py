@@ -5,29 +5,49 @@ As in schemas.py, a shape is a `Schema`; here the first of `DIALOGUES` that fits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from prefopt.data.conversations import ASSISTANT, MARKER, read_messages, read_transcript
+from prefopt.data.detect import Columns
+from prefopt.data.files import Row
+from prefopt.data.pair_schemas import PAIR_SCHEMAS
 from prefopt.data.records import Dialogue, Message, Pair
-from prefopt.data.schemas import (
-    ASSISTANT,
-    DETECTORS,
-    MARKER,
-    RowDict,
-    Schema,
-    read_messages,
-    read_transcript,
-)
+from prefopt.data.schemas import RowDict
 
 NAMES = (
     *("messages", "conversations", "prompt", "completion", "response"),
     *("instruction", "input", "output", "text", "chosen", "rejected", "system", "source"),
 )
-SPEAKERS = {
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
-    "observation": "tool",
-}
+
+
+class Shape(NamedTuple):
+    """One shape of rows."""
+
+    name: str
+    needs: tuple[str, ...]
+    how: str
+    fits: Callable[[RowDict], bool]
+    convert: Callable[[RowDict], Any]
+
+
+def convert_rows(
+    rows: Iterator[Row], shape: Shape, columns: Columns, names: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """(position, the record that `shape` makes of the row, or why it makes none) of every row."""
+    for where, row in rows:
+        row = only_columns(row, columns, names) if columns else row
+        absent = [key for key in shape.needs if row.get(key) is None]
+        if absent:
+            yield where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}"
+        else:
+            yield where, shape.convert(row)
+
+
+def only_columns(row: RowDict, columns: Columns, names: Sequence[str]) -> RowDict:
+    """The row under canonical names; only canonical columns survive. A None hides a column."""
+    out = {key: row[key] for key in names if key in row and key not in columns}
+    return out | {key: row[name] for key, name in columns.items() if name in row}
 
 
 # --- one function per shape --------------------------------------------------------------------
@@ -37,7 +57,7 @@ def from_messages(row: RowDict, column: str) -> Dialogue | str:
     """A list of {role, content} or {from, value}."""
     if isinstance(row[column], str):
         return "a conversation is str, not a list of messages"
-    return _dialogue(row, read_spoken(row[column], "user"))
+    return _dialogue(row, read_messages(row[column], "user"))
 
 
 def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
@@ -49,7 +69,7 @@ def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
             reply = reply if opening else reply.removeprefix(" ")
             turns = read_transcript(context)
             return _dialogue(row, [*turns, Message("assistant", reply)], len(turns))
-    asked, answered = read_spoken(prompt, "user"), read_spoken(reply, "assistant")
+    asked, answered = read_messages(prompt, "user"), read_messages(reply, "assistant")
     if isinstance(asked, str) or isinstance(answered, str):
         return asked if isinstance(asked, str) else str(answered)
     return _dialogue(row, asked + answered, len(asked))
@@ -87,21 +107,6 @@ def from_pair(pair: Pair | str) -> Dialogue | str:
     return Dialogue(turns, None, pair.source, pair.weight, given)
 
 
-def read_spoken(value: Any, role: str) -> list[Message] | str:
-    """`read_messages` of messages with either pair of keys."""
-    if isinstance(value, list):
-        value = [_role_and_content(message) for message in value]
-    return read_messages(value, role)
-
-
-def _role_and_content(message: Any) -> Any:
-    if not isinstance(message, Mapping) or "from" not in message or "role" in message:
-        return message
-    speaker = message["from"]
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    return {"role": role, "content": message.get("value")}
-
-
 def _dialogue(row: RowDict, turns: list[Message] | str, context: int = 0) -> Dialogue | str:
     if isinstance(turns, str):
         return turns
@@ -121,9 +126,9 @@ IMITATED = "chosen responses are imitated"
 EVERY = "every assistant turn is imitated"
 
 
-def _messages_schema(column: str) -> Schema:
+def _messages_schema(column: str) -> Shape:
     how = f"{column!r} holds message lists; {EVERY}"
-    return Schema(
+    return Shape(
         column,
         (column,),
         how,
@@ -132,8 +137,8 @@ def _messages_schema(column: str) -> Schema:
     )
 
 
-def _prompt_schema(answer: str) -> Schema:
-    return Schema(
+def _prompt_schema(answer: str) -> Shape:
+    return Shape(
         f"prompt and {answer}",
         ("prompt", answer),
         f"{answer!r} answers 'prompt' and is imitated",
@@ -142,8 +147,8 @@ def _prompt_schema(answer: str) -> Schema:
     )
 
 
-def _instruction_schema(answer: str) -> Schema:
-    return Schema(
+def _instruction_schema(answer: str) -> Shape:
+    return Shape(
         f"instruction and {answer}",
         ("instruction", answer),
         f"{answer!r} answers 'instruction', with 'input' below it where there is one",
@@ -152,12 +157,10 @@ def _instruction_schema(answer: str) -> Schema:
     )
 
 
-def _preference_schema(pairs: Schema) -> Schema:
+def _preference_schema(pairs: Any) -> Shape:
     how = f"{IMITATED}: {pairs.how}"
-    convert = pairs.convert
-    return pairs._replace(
-        name=f"preference pairs, {pairs.name}", how=how, convert=lambda row: from_pair(convert(row))
-    )
+    name = f"preference pairs, {pairs.name}"
+    return Shape(name, pairs.needs, how, pairs.fits, lambda row: from_pair(pairs.convert(row)))
 
 
 def _is_transcript(row: RowDict) -> bool:
@@ -166,19 +169,19 @@ def _is_transcript(row: RowDict) -> bool:
 
 
 # The first that fits a row is the row's: a formatted `text` beside the columns it was made of, say.
-DIALOGUES: list[Schema] = [
+DIALOGUES: list[Shape] = [
     *map(_messages_schema, ("messages", "conversations")),
     *map(_prompt_schema, ("completion", "response")),
     *map(_instruction_schema, ("output", "response")),
-    *map(_preference_schema, DETECTORS),
-    Schema(
+    *map(_preference_schema, PAIR_SCHEMAS),
+    Shape(
         "transcripts",
         ("text",),
         f"'text' is a Human/Assistant transcript; {EVERY}",
         _is_transcript,
         from_text_transcript,
     ),
-    Schema(
+    Shape(
         "plain text",
         ("text",),
         "'text' is text without speakers; all of it is imitated",

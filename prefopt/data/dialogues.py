@@ -8,18 +8,20 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from prefopt.data.dialogue_schemas import DIALOGUES, IMITATED, NAMES, from_pair
+from prefopt.data.detect import SAMPLE, Columns, check_columns
+from prefopt.data.dialogue_schemas import (
+    DIALOGUES,
+    IMITATED,
+    NAMES,
+    Shape,
+    convert_rows,
+    from_pair,
+    only_columns,
+)
 from prefopt.data.files import open_rows
 from prefopt.data.records import DataReport, Dialogue, Message, Pair, are_messages
-from prefopt.data.schemas import RowDict, Schema
-from prefopt.data.sources import (
-    SAMPLE,
-    Columns,
-    Preferences,
-    apply_columns,
-    check_columns,
-    convert_rows,
-)
+from prefopt.data.schemas import RowDict
+from prefopt.data.sources import Preferences
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
@@ -71,7 +73,7 @@ def load_dialogues(
 # --- which shape -------------------------------------------------------------------------------
 
 
-def detect_dialogues(sample: Sequence[RowDict], columns: Columns, name: str) -> tuple[Schema, str]:
+def detect_dialogues(sample: Sequence[RowDict], columns: Columns, name: str) -> tuple[Shape, str]:
     """(the schema that reads most of these rows, why), of those that use a column of `columns`.
 
     Raises InputError when `columns` names what is not there, when two columns may hold what is
@@ -79,7 +81,7 @@ def detect_dialogues(sample: Sequence[RowDict], columns: Columns, name: str) -> 
     """
     keys = list(dict.fromkeys(str(key) for row in sample for key in row))
     check_columns(columns, keys, name, NAMES)
-    mapped = [apply_columns(row, columns, NAMES) for row in sample] if columns else sample
+    mapped = [only_columns(row, columns, NAMES) for row in sample] if columns else sample
     asked = {key for key, column in columns.items() if column is not None}
     schemas = [schema for schema in DIALOGUES if asked & set(schema.needs)] or DIALOGUES
     fitting = (next((s for s in schemas if s.fits(row)), None) for row in mapped)
@@ -96,7 +98,7 @@ def detect_dialogues(sample: Sequence[RowDict], columns: Columns, name: str) -> 
     return schema, f"{schema.how} (so in {looked})"
 
 
-def _check_rivals(schema: Schema, rows: Sequence[RowDict], columns: Columns, name: str) -> None:
+def _check_rivals(schema: Shape, rows: Sequence[RowDict], columns: Columns, name: str) -> None:
     for pair in RIVALS:
         if not set(pair) & set(schema.needs) or set(pair) & columns.keys():
             continue
@@ -171,7 +173,7 @@ def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialog
         usable, cut = (dialogue, 0) if isinstance(dialogue, str) else _usable(dialogue)
         if not isinstance(usable, str):
             about = [usable.text, usable.source, usable.weight, usable.context]
-            usable = [usable.turns, *about]
+            usable = [[usable.turns, *about]]
         opened += out.take(where, usable) and cut > 0
     if opened:
         report.notes.append(f"opened with an assistant turn, which was cut: {opened:,}")

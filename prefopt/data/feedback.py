@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from prefopt.data.conversations import read_prompt, read_response
+from prefopt.data.detect import SAMPLE, Columns, check_columns, nearest
 from prefopt.data.files import open_rows
-from prefopt.data.rankings import read_prompt, read_response
 from prefopt.data.records import DataReport, Feedback, Message
 from prefopt.data.schemas import RowDict
-from prefopt.data.sources import SAMPLE, Columns, check_columns, nearest
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
@@ -85,9 +85,9 @@ def _of_row(row: RowDict) -> Feedback | str:
 def _collect(items: Iterator[tuple[str, Feedback | str]], report: DataReport) -> Spool[Feedback]:
     out, good = Spool(report, _decode), 0
     for where, item in items:
-        fields: list[Any] | str = item if isinstance(item, str) else "an empty response"
+        fields: list[list[Any]] | str = item if isinstance(item, str) else "an empty response"
         if not isinstance(item, str) and "".join(t.content for t in item.response).strip():
-            fields = [item.prompt, item.response, item.desirable, item.source]
+            fields = [[item.prompt, item.response, item.desirable, item.source]]
         kept = out.take(where, fields)
         good += kept and not isinstance(item, str) and item.desirable
     out.check("response")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import overload
 
+from prefopt.data.detect import nearest
 from prefopt.data.records import DataReport, Pair
-from prefopt.data.sources import nearest
 from prefopt.errors import InputError
 
 

@@ -10,18 +10,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.dialogue_schemas import DIALOGUES, read_spoken
+from prefopt.data.conversations import ASSISTANT, MARKER, read_messages, read_transcript
+from prefopt.data.detect import SAMPLE, Columns, check_columns, nearest
+from prefopt.data.dialogue_schemas import DIALOGUES, Shape, convert_rows, only_columns
 from prefopt.data.files import open_rows
+from prefopt.data.pair_schemas import PAIR_SCHEMAS
 from prefopt.data.records import DataReport, Message
-from prefopt.data.schemas import ASSISTANT, DETECTORS, MARKER, RowDict, Schema, read_transcript
-from prefopt.data.sources import (
-    SAMPLE,
-    Columns,
-    apply_columns,
-    check_columns,
-    convert_rows,
-    nearest,
-)
+from prefopt.data.schemas import RowDict
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
@@ -74,14 +69,14 @@ def load_prompts(
 # --- which shape -------------------------------------------------------------------------------
 
 
-def detect_prompts(sample: Sequence[RowDict], columns: Columns, name: str) -> tuple[Schema, str]:
+def detect_prompts(sample: Sequence[RowDict], columns: Columns, name: str) -> tuple[Shape, str]:
     """(the first schema that reads as many of these rows as any, why).
 
     Raises InputError when `columns` names what is not there, and when no schema fits any row.
     """
     keys = list(dict.fromkeys(str(key) for row in sample for key in row))
     check_columns(columns, keys, name, NAMES)
-    mapped = [apply_columns(row, columns, NAMES) for row in sample] if columns else sample
+    mapped = [only_columns(row, columns, NAMES) for row in sample] if columns else sample
     asked = {key for key, column in columns.items() if column is not None} & {*ASKED, "messages"}
     schemas = [s for s in PROMPTS if asked & set(s.needs)] or PROMPTS
     votes = {schema.name: sum(schema.fits(row) for row in mapped) for schema in schemas}
@@ -99,16 +94,16 @@ def detect_prompts(sample: Sequence[RowDict], columns: Columns, name: str) -> tu
     return schema, f"{schema.how} (so in {looked})"
 
 
-def _of_pair(schema: Schema) -> Schema:
+def _of_pair(schema: Any) -> Shape:
     def convert(row: RowDict) -> Prompt | str:
         pair = schema.convert(row)
         return pair if isinstance(pair, str) else pair.prompt
 
     how = f"of preference pairs, the prompt: {schema.how}"
-    return schema._replace(name=f"preference pairs, {schema.name}", how=how, convert=convert)
+    return Shape(f"preference pairs, {schema.name}", schema.needs, how, schema.fits, convert)
 
 
-def _of_column(key: str) -> Schema:
+def _of_column(key: str) -> Shape:
     def convert(row: RowDict) -> Prompt | str:
         value, below = row[key], row.get("input")
         if key == "instruction" and isinstance(value, str) and isinstance(below, str) and below:
@@ -116,10 +111,10 @@ def _of_column(key: str) -> Schema:
         return _with_system(row, _asked(value))
 
     how = f"{key!r} holds the prompt, a text or a message list"
-    return Schema(key, (key,), how, lambda row: isinstance(row.get(key), str | list), convert)
+    return Shape(key, (key,), how, lambda row: isinstance(row.get(key), str | list), convert)
 
 
-def _of_dialogue(schema: Schema) -> Schema:
+def _of_dialogue(schema: Any) -> Shape:
     def convert(row: RowDict) -> Prompt | str:
         dialogue = schema.convert(row)
         return dialogue if isinstance(dialogue, str) else _before_the_answer(dialogue.turns)
@@ -129,8 +124,8 @@ def _of_dialogue(schema: Schema) -> Schema:
 
 
 CONVERSATIONS = ("messages", "conversations", "transcripts")
-PROMPTS: list[Schema] = [
-    *map(_of_pair, DETECTORS),
+PROMPTS: list[Shape] = [
+    *map(_of_pair, PAIR_SCHEMAS),
     *map(_of_column, ASKED),
     *(_of_dialogue(schema) for schema in DIALOGUES if schema.name in CONVERSATIONS),
 ]
@@ -145,7 +140,7 @@ def _asked(value: Any) -> Prompt | str:
         context, marker, opening = value.rpartition(ASSISTANT)
         if marker and not opening.strip():
             return read_transcript(context)
-    turns = read_spoken(value, "user")
+    turns = read_messages(value, "user")
     return turns if isinstance(turns, str) else list(turns)
 
 
@@ -203,7 +198,7 @@ def _of_records(source: Sequence[Any]) -> tuple[Iterator[tuple[str, Any]], DataR
             if getattr(item, "text", None) is not None:
                 yield f"[{i}]", "plain text without a prompt"
             else:
-                yield f"[{i}]", read_spoken(turns, "user")
+                yield f"[{i}]", read_messages(turns, "user")
 
     return prompts(), DataReport(name, "records" if records else "message lists", how)
 
@@ -231,6 +226,6 @@ def _collect(prompts: Iterable[tuple[str, Any]], report: DataReport) -> Prompts:
     out, seen = Prompts(report), set()
     for where, prompt in prompts:
         reason = prompt if isinstance(prompt, str) else _obstacle(prompt, seen)
-        out.take(where, list(prompt) if reason is None else reason)
+        out.take(where, [list(prompt)] if reason is None else reason)
     out.check("prompt")
     return out

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+from prefopt.data.conversations import read_prompt, read_response
+from prefopt.data.detect import SAMPLE, Columns, check_columns, converted, detect, nearest
 from prefopt.data.files import Row, open_rows
 from prefopt.data.records import DataReport, Message, Pair, Ranking, are_messages
-from prefopt.data.schemas import (
-    ASSISTANT,
-    CANONICAL,
-    MARKER,
-    RANKED_COLUMNS,
-    RowDict,
-    read_messages,
-    read_transcript,
-)
-from prefopt.data.sources import SAMPLE, Columns, check_columns, convert_rows, detect, nearest
+from prefopt.data.schemas import RowDict
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
+RANKED_COLUMNS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_j", "response_k"),
+)
 RESPONSES = ("responses", "completions", "answers", "candidates")
 SCORES, RANKS = ("scores", "ratings"), ("ranks", "rank")  # more is better; 1 is best
 NAMES = ("prompt", "responses", "scores", "ranks", "system", "source")
 # What a response that is an object calls its parts.
-TEXT_KEYS = ("text", "content", "response", "answer", "completion")
 SCORE_KEYS, RANK_KEYS = ("score", "rating", "overall_score"), ("rank",)
 
 
@@ -71,10 +68,10 @@ def load_rankings(
     sample = list(islice(rows, SAMPLE))
     found = _columns_of([row for _, row in sample], columns, name)
     if found is None:
-        schema, reason = detect([row for _, row in sample], columns, name)
-        report = DataReport(name, schema.name, f"{reason}: rankings of two")
-        pairs = convert_rows(chain(sample, rows), schema, columns, CANONICAL)
-        return _collect(((where, _of_record(pair)) for where, pair in pairs), report)
+        decision = detect([row for _, row in sample], columns, name)
+        report = DataReport(name, decision.schema.name, f"{decision.reason}: rankings of two")
+        items = converted(chain(sample, rows), decision)
+        return _collect(((item.where, _of_record(item.record)) for item in items), report)
     report = DataReport(name, "rankings", _how(found))
     return _collect(_read(chain(sample, rows), found), report)
 
@@ -95,7 +92,7 @@ def _collect(items: Iterator[tuple[str, _Ranked | str]], report: DataReport) -> 
             out.take(where, item)
             continue
         r = item.ranking
-        if out.take(where, [r.prompt, r.responses, r.source]):
+        if out.take(where, [[r.prompt, r.responses, r.source]]):
             equal, repeated = equal + item.equal, repeated + item.repeated
     if equal:
         report.notes.append(f"responses left out because another is as good: {equal:,}")
@@ -227,49 +224,6 @@ def _own_values(responses: list[Any]) -> list[float] | str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def read_prompt(
-    value: Any, system: Any
-) -> tuple[list[Message], Callable[[str], list[Message]]] | str:
-    """(the turns of the prompt, what makes turns of a reply to it), or why it is none."""
-
-    def whole(text: str) -> list[Message]:
-        return [Message("assistant", text)]
-
-    reply = whole
-    if isinstance(value, str) and MARKER.match(value) and value.rstrip().endswith(ASSISTANT):
-        context, _, opening = value.rpartition(ASSISTANT)
-        turns = read_transcript(context)
-        if not opening:  # the one space after the marker is the reply's then
-            reply = lambda text: whole(text.removeprefix(" "))  # noqa: E731
-    elif isinstance(value, str | list):
-        turns = read_messages(value, "user")
-    else:
-        return f"the prompt is {type(value).__name__}, not text or messages"
-    if isinstance(turns, str):
-        return turns
-    if isinstance(system, str) and system and not (turns and turns[0].role == "system"):
-        turns = [Message("system", system), *turns]
-    if not turns:
-        return "no prompt"
-    if turns[-1].role == "assistant":
-        return "the prompt ends with an assistant turn"
-    return turns, reply
-
-
-def read_response(value: Any, reply: Callable[[str], list[Message]]) -> list[Message] | str:
-    """The turns of one response: a text, messages, or an object with either."""
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in TEXT_KEYS if value.get(key) is not None), None)
-    if isinstance(value, str):
-        return reply(value)
-    if not isinstance(value, list):
-        return f"a response is {type(value).__name__}, not text or messages"
-    turns = read_messages(value, "assistant")
-    if isinstance(turns, str):
-        return turns
-    return turns if turns and turns[-1].role == "assistant" else "no assistant turn"
 
 
 # --- records -----------------------------------------------------------------------------------

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+# The roles a message may have. Two are for tools, with JSON text in `content`: "tools" opens a
+# prompt with the list of functions that may be called, "tool_calls" holds the [{"name",
+# "arguments"}] that an assistant's turn calls, behind its "assistant" text if it has one. "tool" is
+# a call's result.
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "tools", "tool_calls"})
+SPOKEN = ("assistant", "tool_calls")  # what the model writes: scored, where the others are given
+
 
 class Message(NamedTuple):
-    """One turn of a conversation. `role` is "system", "user", "assistant" (or "tool")."""
+    """One turn of a conversation: one of ROLES, and text."""
 
     role: str
     content: str
@@ -25,9 +32,11 @@ def are_messages(side: Any) -> bool:
 class Pair:
     """Two responses to one prompt, of which `chosen` was preferred.
 
-    `prompt + chosen` and `prompt + rejected` are whole conversations. `margin` is how much better
-    the chosen response is where the data says so, `source` where the row came from where the data
-    says so, `weight` what its loss is multiplied by.
+    `prompt + chosen` and `prompt + rejected` are whole conversations; a response is a turn, or all
+    turns from where the two conversations part, of which those of SPOKEN roles are scored. `margin`
+    is how much better the chosen response is where the data says so, `source` where the row came
+    from where the data says so, `weight` what its loss is multiplied by, `preference` the
+    probability that `chosen` is the better one: 0.5 is a tie.
     """
 
     prompt: list[Message]
@@ -36,6 +45,17 @@ class Pair:
     margin: float | None = None
     source: str | None = None
     weight: float = 1.0
+    preference: float = 1.0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """K >= 2 responses to one prompt with a score each: more is better, equal is a tie."""
+
+    prompt: list[Message]
+    responses: list[list[Message]]
+    scores: list[float]
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +105,10 @@ class Feedback:
 class DataReport:
     """What was read, how it was understood and why, and a count per reason for every dropped row.
 
-    `rows == kept + sum(dropped.values())`. `dropped_at` holds the position of the first row per
-    reason. `notes` are facts worth a line that drop nothing.
+    `rows == kept + sum(dropped.values())`: a row is kept if anything was made of it. `records` is
+    what was made: one of each kept row, or more where responses are ranked, or fewer where several
+    rows make one. `dropped_at` holds the position of the first row per reason. `notes` are facts
+    worth a line that drop nothing.
     """
 
     source: str
@@ -94,13 +116,14 @@ class DataReport:
     reason: str
     rows: int = 0
     kept: int = 0
+    records: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     dropped_at: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, where: str) -> None:
-        """Count one dropped row; the first position per reason is kept."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def drop(self, reason: str, where: str, rows: int = 1) -> None:
+        """Count dropped rows; the first position per reason is kept."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + rows
         self.dropped_at.setdefault(reason, where)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,8 +132,9 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report as a few plain lines for the terminal."""
+        made = f", which make {self.records:,} records" if self.records != self.kept else ""
         out = [
-            f"{self.source}: {self.kept:,} of {self.rows:,} rows kept",
+            f"{self.source}: {self.kept:,} of {self.rows:,} rows kept{made}",
             f"read as {self.schema}: {self.reason}",
         ]
         for reason, count in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 from prefopt.data.records import DataReport
 from prefopt.errors import InputError
 
-SPOOL_BYTES = 64 << 20  # records beyond this go from memory to disk
+SPOOL_BYTES = 8 << 20  # records beyond this go from memory to disk
 T = TypeVar("T")
 
 
@@ -29,23 +29,30 @@ class Spool(Sequence[T]):
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
         weakref.finalize(self, self._file.close)
 
-    def take(self, where: str, fields: list[Any] | str) -> bool:
-        """Count a row in the report, and keep it as a record unless it is why it is dropped.
+    def take(self, where: str, records: list[list[Any]] | str, rows: int = 1) -> bool:
+        """Count rows in the report, and keep the records made of them (the fields of each), unless
+        this is why they are dropped.
 
-        Returns whether it was kept: text that is not Unicode is not.
+        Returns whether they were kept: text that is not Unicode is not.
         """
-        self.report.rows += 1
-        if isinstance(fields, str):
-            self.report.drop(fields, where)
+        self.report.rows += rows
+        if isinstance(records, str):
+            self.report.drop(records, where, rows)
             return False
         try:
-            line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+            lines = [
+                json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+                for fields in records
+            ]
         except UnicodeEncodeError:
-            self.report.drop("text that is not valid Unicode (half a surrogate pair)", where)
+            reason = "text that is not valid Unicode (half a surrogate pair)"
+            self.report.drop(reason, where, rows)
             return False
-        self.report.kept += 1
-        self._file.write(line)
-        self._offsets.append(self._offsets[-1] + len(line))
+        self.report.kept += rows
+        self.report.records += len(lines)
+        for line in lines:
+            self._file.write(line)
+            self._offsets.append(self._offsets[-1] + len(line))
         return True
 
     def check(self, unit: str) -> None:
