@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefopt.command_groups import Reading, Setup
 from prefopt.command_inputs import load_policy
 from prefopt.config import TrainConfig, default_cache
 from prefopt.errors import InputError
 from prefopt.terminal import say
-from prefopt.train_commands import Setup, load_data
+from prefopt.train_commands import load_data
 
 
-def build(config: TrainConfig, setup: Setup) -> int:
+def build(config: TrainConfig, setup: Setup, reading: Reading) -> int:
     """Compute the reference log-probs that `prefopt dpo` with the same flags would need."""
     from prefopt.data.sources import load_preferences
     from prefopt.metrics import Progress
@@ -20,7 +21,7 @@ def build(config: TrainConfig, setup: Setup) -> int:
     from prefopt.reference import ReferenceCache
     from prefopt.stop import Stopped, StopSignal
 
-    source = load_data(setup, load_preferences)
+    source = load_data(setup, load_preferences, reading)
     policy = load_policy(setup.model, setup.lora, setup.dtype, setup.device, setup.quantize)
     policy.use_float32_masters()
     plan = make_plan(DPO(), policy, source, config)

@@ -14,15 +14,16 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from prefopt import __version__, cache_commands, commands, train_commands, weight_commands
+from prefopt.command_groups import Reading, Sampling, Setup
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
-from prefopt.train_commands import Sampling, Setup
 from prefopt.usage import argument_message
 
 Command = Callable[..., int]
 BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force", "wpo")
-GROUPS = {"setup": Setup, "config": TrainConfig, "sampling": Sampling}  # parameters of many flags
+# Parameters that stand for many flags.
+GROUPS = {"setup": Setup, "config": TrainConfig, "sampling": Sampling, "reading": Reading}
 SUBJECT = {"report": "--run", "eval": "--model", "merge": "--model"}  # `prefopt report runs/hh`
 COMMANDS: dict[str, Command] = {
     "sft": train_commands.sft,
@@ -36,10 +37,16 @@ COMMANDS: dict[str, Command] = {
     "report": commands.report,
     "env": commands.env,
 }
-CACHE_COMMANDS: dict[str, Command] = {
-    "build": cache_commands.build,
-    "info": cache_commands.info,
-    "verify": cache_commands.verify_all,
+# `prefopt cache build`: families of commands, each with what it is about.
+FAMILIES: dict[str, tuple[str, dict[str, Command]]] = {
+    "cache": (
+        "Reference log-probs on disk.",
+        {
+            "build": cache_commands.build,
+            "info": cache_commands.info,
+            "verify": cache_commands.verify_all,
+        },
+    ),
 }
 
 
@@ -100,11 +107,12 @@ def make_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, command_parser(function), help=first_line(function))
-    cache = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    subcommands.add_subcommand("cache", cache, help="Reference log-probs on disk.")
-    actions = cache.add_subcommands(required=True, dest="action")
-    for name, function in CACHE_COMMANDS.items():
-        actions.add_subcommand(name, command_parser(function), help=first_line(function))
+    for family, (what, table) in FAMILIES.items():
+        group = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+        subcommands.add_subcommand(family, group, help=what)
+        actions = group.add_subcommands(required=True, dest="action")
+        for name, function in table.items():
+            actions.add_subcommand(name, command_parser(function), help=first_line(function))
     return parser
 
 
@@ -131,8 +139,8 @@ def first_line(function: Command) -> str:
 
 def run(parsed: Namespace) -> int:
     table, name, chosen = COMMANDS, parsed.command, parsed[parsed.command]
-    if name == "cache":
-        table, name = CACHE_COMMANDS, chosen.action
+    if name in FAMILIES:
+        (_, table), name = FAMILIES[name], chosen.action
         chosen = chosen[name]
     function, arguments = table[name], dict(vars(chosen))
     arguments.pop("config", None)

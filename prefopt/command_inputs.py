@@ -27,13 +27,14 @@ def records(
     columns: dict[str, str | None] | None,
     *,
     quiet: bool = False,
+    **options: Any,
 ) -> Any:
     """What ``load`` (`load_preferences` or another) makes of --data, with its report printed."""
     if data == "embedded":
-        result = load(_embedded(split), columns=columns)
+        result = load(_embedded(split), columns=columns, **options)
         result.report.source = "embedded"
     else:
-        result = load(data, split=split, columns=columns)
+        result = load(data, split=split, columns=columns, **options)
     for line in () if quiet else result.report.lines():
         say(line)
     return result
@@ -114,7 +115,7 @@ def _pairs_or(
     pairs = any(set(two) <= names for two in RANKED_COLUMNS)
     if pairs or not (marks is None or marks & names):
         return load_preferences(source, **options)
-    return load(source, **options)
+    return load(source, split=options.get("split"), columns=options.get("columns"))
 
 
 def reference_of(model: str, reference: str | None, policy: Policy, dtype: str, device: str):

@@ -15,13 +15,15 @@ def bradley_terry(
     rejected_scores: Tensor,
     *,
     margin: Tensor | None = None,
+    preference: Tensor | None = None,
     center: float = 0.0,
 ) -> Tensor:
-    """-log sigmoid(c - r - margin) + center (c + r)^2, scores c, r and margin [B] -> [B].
+    """-log sigmoid(g) + center (c + r)^2, g = c - r - margin, scores c, r and margin [B] -> [B].
 
     margin is by how much the chosen response should win (Touvron et al. 2023, arXiv 2307.09288,
-    eq. 2); center > 0 pulls scores, which are known up to a constant, to mean 0 (Eisenstein et al.
-    2023, arXiv 2312.09244).
+    eq. 2); preference [B] the probability p that it is the better one, 1 if None: the loss is then
+    the cross-entropy -p log sigmoid(g) - (1 - p) log sigmoid(-g); center > 0 pulls scores, which
+    are known up to a constant, to mean 0 (Eisenstein et al. 2023, arXiv 2312.09244).
     """
     assert chosen_scores.shape == rejected_scores.shape and chosen_scores.dim() == 1
     gap = chosen_scores - rejected_scores
@@ -29,6 +31,8 @@ def bradley_terry(
         assert margin.shape == gap.shape, (margin.shape, gap.shape)
         gap = gap - margin
     loss = -F.logsigmoid(gap)
+    if preference is not None:
+        loss = loss + (1 - preference) * gap  # -log sigmoid(-g) = -log sigmoid(g) + g
     return loss + center * (chosen_scores + rejected_scores) ** 2 if center else loss
 
 

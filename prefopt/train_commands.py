@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.command_groups import Reading, Sampling, Setup
 from prefopt.command_inputs import (
-    Dtype,
-    Quantize,
     load_policy,
     pairs_or_feedback,
     pairs_or_rankings,
@@ -20,66 +18,7 @@ from prefopt.command_inputs import (
 )
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
-from prefopt.nn.lora_config import LoraConfig
 from prefopt.terminal import describe, finish, say, show_plan
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is trained, and on what.
-
-    Attributes:
-        model: model, adapter or run folder, or hub id; embedded is the tiny model in the package.
-        data: file, folder or hub id; embedded is the set in the package; several preference sets
-            as {helpful: a.jsonl, harmless: b.jsonl}.
-        data_weights: share of each of several sets in the loss, for example {helpful: 2,
-            harmless: 1}; null counts every pair once.
-        split: which split of the data.
-        columns: names of your columns, for example {prompt: question, chosen: good, rejected: bad}.
-        lora: adapter to train; null trains all weights.
-        quantize: nf4 or fp4 holds the linear layers in 4 bits (QLoRA); null leaves them as stored.
-        dtype: of the weights; auto is bfloat16 on GPUs that have it, else float16 there, and
-            float32 on CPU.
-        device: auto, cpu, cuda, cuda:1, xpu or mps.
-        dry_run: resolve everything, print the plan and a token preview, train and write nothing.
-        quiet: print nothing but errors.
-    """
-
-    model: str = "embedded"
-    data: str | dict[str, str] = "embedded"
-    data_weights: dict[str, float] | None = None
-    split: str | None = None
-    columns: dict[str, str | None] | None = None
-    lora: LoraConfig | None = LoraConfig()  # noqa: RUF009 - frozen
-    quantize: Quantize | None = None
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    dry_run: bool = False
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Iterative DPO: where the pairs of a round come from.
-
-    Attributes:
-        rounds: rounds of sampling answers to the prompts of --data, pairing them by --reward and
-            training on the pairs; 0 trains on the pairs of --data.
-        reward: a reward model's folder or module:function, or several as {name: folder}.
-        reward_weights: weight of each of several rewards; null weighs them equally.
-        samples_per_prompt: answers sampled for each prompt.
-        temperature: of the sampling.
-        new_tokens: longest answer.
-        prompts_per_round: prompts of one round; null is all of them in every round.
-    """
-
-    rounds: int = 0
-    reward: str | dict[str, str] | None = None
-    reward_weights: dict[str, float] | None = None
-    samples_per_prompt: int = 4
-    temperature: float = 1.0
-    new_tokens: int = 128
-    prompts_per_round: int | None = None
 
 
 def sft(
@@ -97,7 +36,13 @@ def sft(
     return _run(SFT(loss_on=loss_on), config, setup, load_dialogues, settings)
 
 
-def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float = 0.0) -> int:
+def reward(
+    config: TrainConfig,
+    setup: Setup,
+    reading: Reading,
+    margin: float = 0.0,
+    center: float = 0.0,
+) -> int:
     """Train a reward model on preference pairs or rankings.
 
     Args:
@@ -106,13 +51,15 @@ def reward(config: TrainConfig, setup: Setup, margin: float = 0.0, center: float
     """
     from prefopt.objectives.reward import Reward
 
-    settings = {"margin": margin, "center": center}
-    return _run(Reward(margin, center), config, setup, pairs_or_rankings, settings, head="score")
+    settings = {"margin": margin, "center": center, **reading.options()}
+    objective, load = Reward(margin, center), pairs_or_rankings
+    return _run(objective, config, setup, load, settings, reading=reading, head="score")
 
 
 def dpo(
     config: TrainConfig,
     setup: Setup,
+    reading: Reading,
     sampling: Sampling,
     loss: str = "dpo",
     loss_options: dict[str, Any] | None = None,
@@ -148,13 +95,13 @@ def dpo(
     else:
         objective = DPO(loss, beta, **shaping, **options)  # pyright: ignore[reportArgumentType]
     settings = {"loss": loss, "loss_options": loss_options, "beta": beta, **shaping}
-    settings |= dataclasses.asdict(sampling)
+    settings |= {**dataclasses.asdict(sampling), **reading.options()}
     if sampling.rounds:
         return _iterate(objective, config, setup, sampling, settings)
     if sampling.reward is not None:
         raise InputError("--reward ranks sampled answers; say in how many rounds with --rounds")
     load = pairs_or_feedback if loss == "kto" else load_preferences
-    return _run(objective, config, setup, load, settings)
+    return _run(objective, config, setup, load, settings, reading=reading)
 
 
 def _kto_options(beta: float | None, options: dict, shaping: dict) -> dict[str, Any]:
@@ -173,6 +120,7 @@ def _run(
     setup: Setup,
     load: Callable[..., Any],
     settings: dict[str, Any],
+    reading: Reading | None = None,
     head: str | None = None,
 ) -> int:
     """Load data and model, and train or only show the plan."""
@@ -191,7 +139,7 @@ def _run(
     loading.resolve(setup.model)
     try:
         with StopSignal(at_once=True):  # nothing is lost before train(), which waits for a step
-            source = load_data(setup, load)
+            source = load_data(setup, load, reading)
             torch.manual_seed(config.seed)  # a fresh head and the adapter's A are drawn from it
             policy = load_policy(
                 setup.model, setup.lora, setup.dtype, setup.device, setup.quantize, head
@@ -214,12 +162,13 @@ def _run(
     return 0
 
 
-def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
-    """The records of --data, of one source or of several mixed."""
+def load_data(setup: Setup, load: Callable[..., Any], reading: Reading | None = None) -> Any:
+    """The records of --data, of one source or several mixed; ``reading`` where pairs are read."""
+    options = {"quiet": setup.quiet, **(reading.options() if reading else {})}
     if isinstance(setup.data, str):
         if setup.data_weights:
             raise InputError("data_weights weighs several sets; give --data as {name: file, ...}")
-        return records(load, setup.data, setup.split, setup.columns, quiet=setup.quiet)
+        return records(load, setup.data, setup.split, setup.columns, **options)
     from prefopt.data.mixing import mix
     from prefopt.data.prompts import load_prompts
     from prefopt.data.sources import load_preferences
@@ -227,7 +176,7 @@ def load_data(setup: Setup, load: Callable[..., Any]) -> Any:
     if load is load_prompts:
         raise InputError("--data is one source here; several can be mixed where pairs are read")
     parts = {
-        name: records(load_preferences, path, setup.split, setup.columns, quiet=setup.quiet)
+        name: records(load_preferences, path, setup.split, setup.columns, **options)
         for name, path in setup.data.items()
     }
     return mix(parts, setup.data_weights)

@@ -149,7 +149,7 @@ def _in_file(args: Sequence[str]) -> str:
 def _command(args: Sequence[str]) -> list[str]:
     """The words before the first option: "dpo", or "cache build"."""
     first = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
-    return list(args[: min(first, 2 if args[:1] == ["cache"] else 1)])
+    return list(args[: min(first, 2 if args[:1] in (["cache"], ["data"]) else 1)])
 
 
 def _flags(parser: Any, args: Sequence[str]) -> list[str]:

@@ -34,8 +34,8 @@ LAYERS = (
     ),
     ("demo",),
     (
-        *("command_inputs", "commands", "cache_commands", "train_commands"),
-        "weight_commands",
+        *("command_inputs", "command_groups", "commands", "cache_commands", "train_commands"),
+        *("weight_commands", "data_commands", "data_report", "pair_commands"),
     ),
     ("cli", "usage"),
     ("__main__",),
