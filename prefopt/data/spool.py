@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Spool(Sequence[T]):
     """Records as JSON lines, read one at a time; `report` says how they came about.
 
-    `decode` makes a record of the fields it was appended as.
+    `decode` makes a record of the fields it was appended as; `where` says where it was read.
     """
 
     def __init__(self, report: DataReport, decode: Callable[[list[Any]], T]):
@@ -39,9 +39,11 @@ class Spool(Sequence[T]):
         if isinstance(records, str):
             self.report.drop(records, where, rows)
             return False
+        place = where.encode("utf-8", "replace").decode()  # file names may hold any bytes
         try:
             lines = [
-                json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+                json.dumps([place, fields], ensure_ascii=False, separators=(",", ":")).encode()
+                + b"\n"
                 for fields in records
             ]
         except UnicodeEncodeError:
@@ -78,7 +80,13 @@ class Spool(Sequence[T]):
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self._decode(self._read(index)[1])
+
+    def where(self, index: int) -> str:
+        """The position of the row that a record was made of: "pairs.jsonl:12"."""
+        return self._read(index)[0]
+
+    def _read(self, index: int) -> list[Any]:
         at = range(len(self))[index]  # negative indices, IndexError
         self._file.seek(self._offsets[at])
-        line = self._file.read(self._offsets[at + 1] - self._offsets[at])
-        return self._decode(json.loads(line))
+        return json.loads(self._file.read(self._offsets[at + 1] - self._offsets[at]))
