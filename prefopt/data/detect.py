@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefopt.data.choice_schemas import CHOICE_SCHEMAS
 from prefopt.data.files import Row
 from prefopt.data.grouped_schemas import GROUPED_SCHEMAS
 from prefopt.data.list_schemas import LIST_SCHEMAS
 from prefopt.data.pair_schemas import PAIR_SCHEMAS
-from prefopt.data.schemas import CHOICES, PAIRS, Item, RowDict, Schema
+from prefopt.data.schemas import CHOICES, PAIRS, Item, RowDict, Schema, Within
 from prefopt.errors import InputError
 
 SAMPLE = 64  # rows looked at to decide the schema
@@ -30,36 +30,48 @@ class Decision(NamedTuple):
 class _Fit(NamedTuple):
     schema: Schema
     columns: dict[str, str | None]
-    votes: int
+    read: frozenset[int]  # which rows of the sample
+
+    @property
+    def votes(self) -> int:
+        return len(self.read)
 
 
-def detect(sample: Sequence[RowDict], columns: Columns, name: str) -> Decision:
+def detect(
+    sample: Sequence[RowDict],
+    columns: Columns,
+    name: str,
+    schemas: Sequence[Schema] = SCHEMAS,
+    unfit: Callable[[Sequence[RowDict], Columns, Sequence[str], str], str] | None = None,
+) -> Decision:
     """Which schema reads these rows, by vote over the sample (the first rows of source `name`).
 
     Only schemas that read all that `columns` names count. Of those that read at least half as many
     rows as any does, the ones of the lowest level count, and of these the one that reads most.
-    Raises InputError when `columns` names what is not there, when the names leave open which
-    columns are meant, and when no schema fits any row.
+    `unfit` says of (sample, columns, keys, name) what is missing where no schema fits any row.
+    Raises InputError for that, when `columns` names what is not there, when the names leave open
+    which columns are meant, and when another schema reads as many rows, but not the same ones.
     """
     keys = list(dict.fromkeys(str(key) for row in sample for key in row))
-    canonical = list(dict.fromkeys(key for schema in SCHEMAS for key in schema.names))
+    canonical = list(dict.fromkeys(key for schema in schemas for key in schema.names))
+    columns = _within(columns, keys, sample)
     check_columns(columns, keys, name, canonical)
     asked = {key for key, column in columns.items() if column is not None}
-    schemas = [schema for schema in SCHEMAS if asked <= schema.names.keys()]
-    fits = [fit for schema in schemas if (fit := _fit(schema, sample, keys, columns))]
+    able = [schema for schema in schemas if asked <= schema.names.keys()]
+    fits = [fit for schema in able if (fit := _fit(schema, sample, keys, columns))]
     if not fits:
-        raise InputError(_nothing_fits(sample, columns, keys, name))
+        raise InputError((unfit or _nothing_fits)(sample, columns, keys, name))
     most = max(fit.votes for fit in fits)
     fits = [fit for fit in fits if 2 * fit.votes >= most]
     _check_levels(fits, name)
     lowest = min(fit.schema.level for fit in fits)
-    fits = [fit for fit in fits if fit.schema.level == lowest]
+    every, fits = fits, [fit for fit in fits if fit.schema.level == lowest]
     most = max(fit.votes for fit in fits)
-    best = [fit for fit in fits if fit.votes == most]
-    if len(best) > 1:
-        kinds = " and ".join(fit.schema.name for fit in best)
-        raise InputError(f"{name!r} mixes rows of several kinds ({kinds}): separate them.")
-    schema, found, _ = best[0]
+    best, *others = [fit for fit in fits if fit.votes == most]
+    others += [fit for fit in every if fit.votes == most and fit.read.isdisjoint(best.read)]
+    if others:
+        raise InputError(_two_fit(best, others[0], name))
+    schema, found, _ = best
     _check_rivals(schema, found, columns, keys, name)
     looked = f"{most} of the first {len(sample)} rows" if len(sample) > 1 else "the only row"
     renamed = [f"{key!r} from {col!r}" for key, col in found.items() if col and col != key]
@@ -74,8 +86,42 @@ def _fit(
     found = resolve(schema, keys, columns)
     if any(found.get(key) is None for key in schema.needs):
         return None
-    votes = sum(schema.fits(apply_columns(row, found)) for row in sample)
-    return _Fit(schema, found, votes) if votes else None
+    read = [i for i, row in enumerate(sample) if schema.fits(apply_columns(row, found))]
+    return _Fit(schema, found, frozenset(read)) if read else None
+
+
+def _two_fit(a: _Fit, b: _Fit, source: str) -> str:
+    """What to do where two schemas read equally many rows, other ones or the same."""
+    kinds = f"({a.schema.name} and {b.schema.name})"
+    if a.read.isdisjoint(b.read):
+        return f"{source!r} mixes rows of several kinds {kinds}: separate them."
+    ways = []
+    for one, other in ((a, b), (b, a)):
+        own = [key for key in one.schema.needs if key not in other.schema.needs]
+        ways += [f"columns={{{key!r}: None}}" for key in own[:1]]
+    return f"The rows of {source!r} can be read in two ways {kinds}: hide one with " + (
+        " or ".join(ways) or "columns="
+    )
+
+
+def _within(columns: Columns, keys: Sequence[str], sample: Sequence[RowDict]) -> Columns:
+    """`columns`, with what is no column but a key of objects within one marked as that: what a
+    response is rated by (`Within`) may stand there."""
+    rated = [key for key in ("scores", "ranks", "score") if columns.get(key) not in (None, *keys)]
+    if not rated:
+        return columns
+    inner = {key for row in sample for value in row.values() for key in _keys(value, 4)}
+    marked = {key: Within(columns[key]) for key in rated if columns[key] in inner}
+    return {**columns, **marked}
+
+
+def _keys(value: Any, depth: int) -> Iterator[str]:
+    """The keys of objects in a value, in lists and in each other."""
+    if isinstance(value, Mapping) and depth:
+        yield from map(str, value)
+    if isinstance(value, Mapping | list) and depth:
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _keys(inner, depth - 1)
 
 
 def resolve(schema: Schema, keys: Sequence[str], columns: Columns) -> dict[str, str | None]:
@@ -139,6 +185,7 @@ def _check_levels(fits: Sequence[_Fit], source: str) -> None:
 def apply_columns(row: RowDict, columns: Columns) -> RowDict:
     """The row with its columns under canonical names as well; a None hides one."""
     out = row | {key: row[name] for key, name in columns.items() if name in row and name != key}
+    out |= {key: name for key, name in columns.items() if isinstance(name, Within)}
     return {key: value for key, value in out.items() if columns.get(key, "") is not None}
 
 
@@ -165,7 +212,7 @@ def check_columns(columns: Columns, keys: Sequence[str], source: str, names: Seq
                 f"columns= cannot map {canonical!r}{nearest(canonical, names)}: it maps "
                 f"{', '.join(names)}."
             )
-        if name is not None and name not in keys:
+        if name is not None and name not in keys and not isinstance(name, Within):
             raise InputError(
                 f"columns= takes {canonical!r} from {name!r}, which {source!r} does not have"
                 f"{nearest(name, keys)}: its columns are {', '.join(keys)}."

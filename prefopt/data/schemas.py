@@ -29,11 +29,17 @@ PROMPTS = ("prompt", "instruction", "question", "input", "history", "context", "
 ABOUT: Names = {"system": ("system", "system_prompt"), "margin": (), "source": (), "tools": ()}
 
 
+class Within(str):
+    """In the place of a column's values: the key of the objects in another column that hold them
+    (the `overall_score` of each response, say)."""
+
+
 class Item(NamedTuple):
-    """What `rows` rows, the first of them at `where`, make: a record, or why there is none."""
+    """What `rows` rows, the first of them at `where`, make: one record or several, or why there is
+    none."""
 
     where: str
-    record: Pair | Candidates | str
+    record: Pair | Candidates | list[Candidates] | str
     rows: int = 1
 
 
