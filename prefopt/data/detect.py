@@ -11,6 +11,7 @@ from prefopt.data.files import Row
 from prefopt.data.grouped_schemas import GROUPED_SCHEMAS
 from prefopt.data.list_schemas import LIST_SCHEMAS
 from prefopt.data.pair_schemas import PAIR_SCHEMAS
+from prefopt.data.readers import Unreadable
 from prefopt.data.schemas import CHOICES, PAIRS, Item, RowDict, Schema, Within
 from prefopt.errors import InputError
 
@@ -192,16 +193,25 @@ def apply_columns(row: RowDict, columns: Columns) -> RowDict:
 def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
     """What the schema makes of the rows."""
     schema, columns = decision.schema, decision.columns
-    named = ((where, apply_columns(row, columns)) for where, row in rows)
+    unreadable: list[Item] = []
+
+    def readable() -> Iterator[Row]:
+        for where, row in rows:
+            if isinstance(row, Unreadable):
+                unreadable.append(Item(where, row.reason))
+            else:
+                yield where, apply_columns(row, columns)
+
     if schema.gather is not None:
-        yield from schema.gather(named)
-        return
-    for where, row in named:
-        absent = [key for key in schema.needs if row.get(key) is None]
-        if absent:
-            yield Item(where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}")
-        else:
-            yield Item(where, schema.convert(row))
+        yield from schema.gather(readable())
+    else:
+        for where, row in readable():
+            absent = [key for key in schema.needs if row.get(key) is None]
+            if absent:
+                yield Item(where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}")
+            else:
+                yield Item(where, schema.convert(row))
+    yield from unreadable
 
 
 def check_columns(columns: Columns, keys: Sequence[str], source: str, names: Sequence[str]) -> None:

@@ -12,10 +12,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefopt.data.readers import PACKED, READERS, Row, as_row, file_rows, kind_of, suffixes
+from prefopt.data.readers import (
+    PACKED,
+    READERS,
+    Row,
+    Unreadable,
+    as_row,
+    file_rows,
+    kind_of,
+    suffixes,
+)
 from prefopt.errors import InputError
 
 HELD_OUT = {"test", "valid", "validation", "val", "eval", "dev"}
+FIRST = 16  # rows: a source of which none of these can be read is not what it should be
 NOT_DATA = {"dataset_info.json", "dataset_infos.json"}
 
 
@@ -63,7 +73,7 @@ def open_rows(source: Any, split: str | None = None) -> Rows:
 
 def _object_rows(source: Iterable[Any]) -> Iterator[Row]:
     for index, row in enumerate(source):
-        yield f"[{index}]", as_row(row, f"[{index}]")
+        yield f"[{index}]", as_row(row)
 
 
 def _open_dataset(source: Any, split: str | None, name: str) -> Rows:
@@ -168,11 +178,26 @@ def _check_single(path: Path, split: str | None) -> None:
 
 
 def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    first = next(rows, None)
-    if first is None:
+    first: list[Row] = []
+    for where, row in rows:
+        first.append((where, row))
+        if not isinstance(row, Unreadable):
+            break
+        if len(first) == FIRST:
+            raise _no_rows(first)
+    if not first:
         raise InputError(f"{name!r} is empty: it holds no rows.")
-    yield first
+    if isinstance(first[-1][1], Unreadable):
+        raise _no_rows(first)
+    yield from first
     yield from rows
+
+
+def _no_rows(unreadable: list[Row]) -> InputError:
+    where, row = unreadable[0]
+    reason = row.reason if isinstance(row, Unreadable) else ""
+    hint = " A JSON array belongs in a .json file." if "row is list" in reason else ""
+    return InputError(f"{where}: {reason}.{hint}")
 
 
 def _missing(path: Path) -> str:

@@ -22,6 +22,15 @@ from prefopt.errors import InputError
 
 Row = tuple[str, dict[str, Any]]
 
+
+class Unreadable(dict):
+    """A row in the place of one that could not be read, and why."""
+
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+
 PACKED = {".gz", ".xz", ".zst"}
 
 
@@ -52,8 +61,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where = f"{path}:{number}"
-                yield where, as_row(_parse(line, path, number), where, number == 1)
+                yield f"{path}:{number}", as_row(_parse(line, path, number))
 
 
 def _json_rows(path: Path, split: str | None = None) -> Iterator[Row]:
@@ -79,8 +87,7 @@ def _json_rows(path: Path, split: str | None = None) -> Iterator[Row]:
     if not isinstance(value, list):
         raise InputError(f"{str(path)!r} holds a JSON {type(value).__name__}, no array of objects.")
     for number, row in enumerate(value, start=1):
-        where = f"{path} row {number}"
-        yield where, as_row(row, where)
+        yield f"{path} row {number}", as_row(row)
 
 
 def _rows_in_object(value: dict[str, Any], path: Path, split: str | None) -> list[Any]:
@@ -199,7 +206,10 @@ def _zstandard(path: Path) -> Any:
 
 
 def _parse(text: bytes, path: Path, line: int | None = None) -> Any:
-    """JSON from bytes; errors name the line (`line`, or the line inside a whole file)."""
+    """JSON from bytes; errors name the line (`line`, or the line inside a whole file).
+
+    A line that is JSON, but of no use, is an `Unreadable` row.
+    """
     try:
         return json.loads(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -209,16 +219,16 @@ def _parse(text: bytes, path: Path, line: int | None = None) -> Any:
     except UnicodeDecodeError as error:
         at = line or text.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{at}: not valid UTF-8 ({error.reason}).") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{line or 1}: not valid JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:  # too deep, or a number of too many digits
+        if line is not None:
+            return Unreadable("JSON that is nested too deeply, or has a number of too many digits")
+        raise InputError(f"{path}:1: not valid JSON ({error}).") from error
 
 
-def as_row(value: Any, where: str, maybe_array: bool = False) -> dict[str, Any]:
-    """The row as a dict; InputError if it is none."""
+def as_row(value: Any) -> dict[str, Any]:
+    """The row as a dict; an `Unreadable` one if it is none."""
+    if isinstance(value, dict):
+        return value
     if isinstance(value, Mapping):
         return dict(value)
-    hint = " A JSON array belongs in a .json file." if maybe_array and type(value) is list else ""
-    raise InputError(
-        f"{where}: a row must be an object with named columns, this is a "
-        f"{type(value).__name__}.{hint}"
-    )
+    return Unreadable(f"the row is {type(value).__name__}, not an object with named columns")
