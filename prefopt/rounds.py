@@ -26,7 +26,7 @@ import torch
 from prefopt import loading
 from prefopt.config import TrainConfig
 from prefopt.data.mixing import check_weights
-from prefopt.data.pairing import pair_up
+from prefopt.data.pairing import check_pairing
 from prefopt.data.prompts import load_prompts
 from prefopt.data.records import Message, Pair
 from prefopt.data.sources import load_preferences
@@ -114,7 +114,7 @@ def iterate(
     asked, where = load_prompts(prompts), {"device": device, "dtype": dtype}
     judges = _judges(rewards, reward_weights, where)
     pairs = {"pairing": pairing, "min_gap": min_gap}
-    pair_up([], ["a", "b"], [0.0, 1.0], **pairs)  # finds out what is wrong with these
+    check_pairing(pairing, None, min_gap, "drop")
     recorded = {
         "model": str(model),
         "prompts": digest(asked),

@@ -50,7 +50,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Candidates:
-    """K >= 2 responses to one prompt with a score each: more is better, equal is a tie."""
+    """K >= 2 responses to one prompt with a score each: more is better, equal is a tie, NaN is a
+    response that was not rated."""
 
     prompt: list[Message]
     responses: list[list[Message]]

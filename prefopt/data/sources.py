@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from prefopt.data.detect import SAMPLE, Columns, converted, detect
+from prefopt.data.detect import SAMPLE, SCHEMAS, Columns, converted, detect
 from prefopt.data.files import open_rows
-from prefopt.data.pairing import check_pairing, pair_up
+from prefopt.data.pairing import check_pairing, pair_items, said
 from prefopt.data.records import SPOKEN, Candidates, DataReport, Message, Pair, are_messages
-from prefopt.data.schemas import Item
+from prefopt.data.schemas import Item, Schema
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
-
-EMPTY = ("keep", "drop")
 
 
 class Preferences(Spool[Pair]):
@@ -60,18 +56,19 @@ def load_preferences(
     Raises InputError for what cannot be read, for no or ambiguous columns, and when no row is
     usable.
     """
-    check_pairing(pairing, max_pairs, min_gap, ties)
-    if empty not in EMPTY:
-        raise InputError(f"empty={empty!r} is not one of {', '.join(EMPTY)}.")
+    check_pairing(pairing, max_pairs, min_gap, ties, empty)
     if isinstance(source, Preferences):
         return source
     report, items = read_items(source, split, columns)
-    policy = {"pairing": pairing, "max_pairs": max_pairs, "min_gap": min_gap, "ties": ties}
-    return _collect(items, report, policy, empty)
+    policy = {"pairing": pairing, "max_pairs": max_pairs, "min_gap": min_gap}
+    return _collect(items, report, {**policy, "ties": ties, "empty": empty})
 
 
 def read_items(
-    source: Any, split: str | None, columns: Columns | None
+    source: Any,
+    split: str | None,
+    columns: Columns | None,
+    schemas: Sequence[Schema] = SCHEMAS,
 ) -> tuple[DataReport, Iterator[Item]]:
     """How the rows of a source are read, and what each is made into, before any is left out."""
     if isinstance(source, list | tuple) and source and isinstance(source[0], Pair | Candidates):
@@ -80,37 +77,23 @@ def read_items(
         return report, (Item(f"[{i}]", _checked(item)) for i, item in enumerate(source))
     name, rows = open_rows(source, split)
     sample = list(islice(rows, SAMPLE))
-    decision = detect([row for _, row in sample], dict(columns or {}), name)
+    decision = detect([row for _, row in sample], dict(columns or {}), name, schemas)
     report = DataReport(name, decision.schema.name, decision.reason)
     return report, converted(chain(sample, rows), decision)
 
 
-def _collect(
-    items: Iterator[Item], report: DataReport, policy: dict[str, Any], empty: str
-) -> Preferences:
+def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) -> Preferences:
     """Spool what is usable, count what is not; InputError if nothing is left."""
     out, left_out, half_empty = Preferences(report), Counter[str](), 0
-    of_prompt = Counter[bytes]()
-    for where, record, rows in items:
-        made, reasons = _pairs_of(record, policy)
-        usable: list[Pair] = []
-        for pair in made:
-            reason = _unusable(pair, empty)
-            if reason is None and policy["max_pairs"] is not None:
-                key = blake2b(repr(pair.prompt).encode("utf-8", "replace"), digest_size=8).digest()
-                of_prompt[key] += 1
-                if of_prompt[key] > policy["max_pairs"]:
-                    reason = "more than max_pairs"
-            if reason is None:
-                usable.append(pair)
-            else:
-                reasons[reason] += 1
-        if not usable:
-            out.take(where, next(iter(reasons), "no comparison"), rows)
+    for item, choices, reasons in pair_items(items, **policy):
+        if not choices:
+            reason = reasons.most_common(1)[0][0] if reasons else "no comparison"
+            out.take(item.where, reason, item.rows)
             continue
         left_out.update(reasons)
-        if out.take(where, [_fields(pair) for pair in usable], rows):
-            half_empty += sum(not (_text(p.chosen) and _text(p.rejected)) for p in usable)
+        pairs = [choice.pair for choice in choices]
+        if out.take(item.where, [_fields(pair) for pair in pairs], item.rows):
+            half_empty += sum(not (said(p.chosen) and said(p.rejected)) for p in pairs)
     for reason, count in left_out.items():
         report.notes.append(f"comparisons left out of rows that make others, {reason}: {count:,}")
     if half_empty:
@@ -124,38 +107,8 @@ def _collect(
     return out
 
 
-def _pairs_of(
-    record: Pair | Candidates | str, policy: dict[str, Any]
-) -> tuple[list[Pair], Counter[str]]:
-    """The pairs that a record makes, and comparisons that make none, by reason."""
-    if isinstance(record, str):
-        return [], Counter([record])
-    if isinstance(record, Candidates):
-        paired = pair_up(record, **policy)
-        return paired.pairs, Counter(paired.dropped)
-    if record.preference == 0.5 and policy["ties"] != "soft":
-        if policy["ties"] == "drop":
-            return [], Counter(["tie"])
-        record = replace(record, preference=1.0)
-    if record.margin is not None and record.preference == 1 and record.margin < policy["min_gap"]:
-        return [], Counter(["gap below min_gap"])
-    return [record], Counter()
-
-
-def _unusable(pair: Pair, empty: str) -> str | None:
-    if pair.chosen == pair.rejected:
-        return "identical"
-    if empty == "drop" and not (_text(pair.chosen) and _text(pair.rejected)):
-        return "an empty response"
-    return None
-
-
 def _fields(p: Pair) -> list[Any]:
     return [p.prompt, p.chosen, p.rejected, p.margin, p.source, p.weight, p.preference]
-
-
-def _text(turns: list[Message]) -> str:
-    return "".join(turn.content for turn in turns if turn.role in SPOKEN).strip()
 
 
 def _checked(item: Any) -> Pair | Candidates | str:
