@@ -1,7 +1,208 @@
-"""Shapes in which several rows make one comparison: trees of messages, responses with a score."""
+"""Shapes in which the responses to a prompt stand in rows of their own: with a score, or a label.
+
+Rows are grouped by the content of the prompt, wherever in the source they stand. What they say is
+kept on a temporary file until all are read.
+"""
 
 from __future__ import annotations
 
-from prefopt.data.schemas import Schema
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
-GROUPED_SCHEMAS: list[Schema] = []
+import numpy as np
+
+from prefopt.data.conversations import read_prompt, read_response
+from prefopt.data.files import Row
+from prefopt.data.records import Candidates, Message
+from prefopt.data.schemas import (
+    LABELLED,
+    PROMPTS,
+    SCORED,
+    Item,
+    RowDict,
+    Schema,
+    number,
+    source_of,
+)
+from prefopt.data.spool import Lines
+from prefopt.data.trees import TREE_SCHEMAS
+from prefopt.errors import InputError
+
+NAMES = {
+    "prompt": PROMPTS,
+    "response": ("response", "completion", "answer"),
+    "score": ("score", "rating", "reward", "helpfulness"),
+    "system": ("system", "system_prompt"),
+    "source": (),
+}
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+LABEL_NAMES = {
+    "prompt": PROMPTS,
+    "completion": ("completion", "response", "answer"),
+    "label": (),
+    "system": ("system", "system_prompt"),
+    "source": (),
+}
+
+
+class Rated(NamedTuple):
+    """One response to a prompt and how good it is."""
+
+    prompt: list[Message]
+    response: list[Message]
+    score: float
+    source: str | None
+
+
+# --- one row -----------------------------------------------------------------------------------
+
+
+def read_scored(row: RowDict) -> Rated | str:
+    """A prompt, one response and its score."""
+    score = number(row["score"])
+    if score is None:
+        return "the score is no number"
+    return _read(row, row["response"], score)
+
+
+def read_labelled(row: RowDict) -> Rated | str:
+    """A prompt, one response and whether it is a good one (score 1) or not (0)."""
+    label = LABELS.get(str(row["label"]).lower()) if _is_plain(row["label"]) else None
+    if label is None:
+        return f"the label is {row['label']!r:.40}, neither true nor false"
+    return _read(row, row["completion"], float(label))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _read(row: RowDict, response: Any, score: float) -> Rated | str:
+    opened = read_prompt(row["prompt"], row.get("system"))
+    if isinstance(opened, str):
+        return opened
+    prompt, answer = opened
+    turns = read_response(response, answer)
+    return turns if isinstance(turns, str) else Rated(prompt, turns, score, source_of(row))
+
+
+# --- all rows ----------------------------------------------------------------------------------
+
+
+class _Groups:
+    """Rated responses on a temporary file, by prompt: memory holds a number for each row and a
+    digest for each prompt."""
+
+    def __init__(self) -> None:
+        self.lines, self.group = Lines(), array("q")
+        self.known: dict[bytes, int] = {}
+
+    def add(self, where: str, rated: Rated) -> None:
+        prompt = json.dumps(rated.prompt)
+        key = blake2b(prompt.encode(), digest_size=16).digest()
+        self.group.append(self.known.setdefault(key, len(self.known)))
+        self.lines.append(json.dumps([where, *rated]).encode())
+
+    def __iter__(self) -> Iterator[tuple[str, list[Rated]]]:
+        """(where the first one stands, all of one prompt) in the order of the first ones."""
+        group = np.frombuffer(self.group, dtype=np.int64)
+        order = np.argsort(group, kind="stable")
+        ends = np.flatnonzero(np.diff(group[order], append=-1)) + 1
+        for rows in np.split(order, ends[:-1]) if len(group) else []:
+            read = [json.loads(self.lines[row]) for row in rows]
+            yield read[0][0], [_rated(*fields) for _, *fields in read]
+
+
+def _rated(prompt: Any, response: Any, score: float, source: str | None) -> Rated:
+    turns = [[Message(*turn) for turn in side] for side in (prompt, response)]
+    return Rated(turns[0], turns[1], score, source)
+
+
+def _gathered(
+    rows: Iterator[Row], schema: Schema, read: Callable[[RowDict], Rated | str], groups: _Groups
+) -> Iterator[Item]:
+    """The rows that are of no use; the others go to the groups."""
+    for where, row in rows:
+        absent = [key for key in schema.needs if row.get(key) is None]
+        rated = (
+            f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}"
+            if absent
+            else (read(row))
+        )
+        if isinstance(rated, str):
+            yield Item(where, rated)
+        else:
+            groups.add(where, rated)
+
+
+def gather_scored(rows: Iterator[Row]) -> Iterator[Item]:
+    """The responses to each prompt; the mean score of one that is there several times."""
+    groups = _Groups()
+    yield from _gathered(rows, SCORED_ROWS, read_scored, groups)
+    for where, group in groups:
+        made = _mean_scores(group)
+        alone = "only one response to its prompt"
+        yield Item(where, alone if len(group) < 2 else made, len(group))
+
+
+def _mean_scores(group: list[Rated]) -> Candidates:
+    scores: dict[str, list[float]] = {}
+    first: dict[str, Rated] = {}
+    for rated in group:
+        text = json.dumps(rated.response)
+        first.setdefault(text, rated)
+        scores.setdefault(text, []).append(rated.score)
+    means = [sum(values) / len(values) for values in scores.values()]
+    responses = [rated.response for rated in first.values()]
+    return Candidates(group[0].prompt, responses, means, group[0].source)
+
+
+def gather_labelled(rows: Iterator[Row]) -> Iterator[Item]:
+    """The good and the bad responses to each prompt that has both; InputError if none has."""
+    groups, both = _Groups(), 0
+    yield from _gathered(rows, LABELLED_ROWS, read_labelled, groups)
+    for where, group in groups:
+        made: Candidates | str = "no response to its prompt has the other label"
+        if len({rated.score for rated in group}) > 1:
+            responses, scores = [r.response for r in group], [r.score for r in group]
+            made, both = Candidates(group[0].prompt, responses, scores, group[0].source), both + 1
+        yield Item(where, made, len(group))
+    if len(groups.known) and not both:
+        raise InputError(
+            "The rows are single responses with a label, and no prompt has one that is good and "
+            "one that is not: there are no pairs; train on them as they are with --loss kto "
+            "(load_feedback)."
+        )
+
+
+# --- which rows they read ----------------------------------------------------------------------
+
+
+def _has_texts(row: RowDict, response: str) -> bool:
+    return all(isinstance(row.get(key), str | list) for key in ("prompt", response))
+
+
+SCORED_ROWS = Schema(
+    "scored rows",
+    SCORED,
+    NAMES,
+    ("prompt", "response", "score"),
+    "one 'response' to 'prompt' in each row, with its 'score' (more is better); grouped by prompt",
+    lambda row: _has_texts(row, "response") and number(row.get("score")) is not None,
+    read_scored,
+    gather_scored,
+)
+LABELLED_ROWS = Schema(
+    "labelled rows",
+    LABELLED,
+    LABEL_NAMES,
+    ("prompt", "completion", "label"),
+    "one 'completion' of 'prompt' in each row, good or not by its 'label'; grouped by prompt",
+    lambda row: _has_texts(row, "completion") and _is_plain(row.get("label")),
+    read_labelled,
+    gather_labelled,
+)
+GROUPED_SCHEMAS: list[Schema] = [*TREE_SCHEMAS, SCORED_ROWS, LABELLED_ROWS]

@@ -77,7 +77,8 @@ def _paired(record: Pair | Candidates, pairing: str, options: dict[str, Any]) ->
         return Paired([], [], {"tie": 1})
     if record.preference == 0.5 and options["ties"] == "keep":
         record = replace(record, preference=1.0)
-    if record.margin is not None and record.preference == 1 and record.margin < options["min_gap"]:
+    least = options["min_gap"]  # 0 keeps what the data calls chosen although its score is the lower
+    if least and record.margin is not None and record.preference == 1 and record.margin < least:
         return Paired([], [], {"gap below min_gap": 1})
     return Paired([record], [(0, 1)], {})
 
@@ -135,8 +136,8 @@ def pair_up(
     the first response counts as chosen ("keep"); any other gap below ``min_gap`` makes none either.
     Of more than ``max_pairs`` those with the largest gaps stay. ``Pair.margin`` is the gap. Among
     equally good responses the first is the best (the worst) one, and of those that are the same
-    text the first stands for all; those whose score is NaN are left out. What two responses have in common before they part becomes
-    prompt.
+    text the first stands for all; those whose score is NaN are left out. What two responses have in
+    common before they part becomes prompt.
     """
     check_pairing(pairing, max_pairs, min_gap, ties)
     responses, scores = candidates.responses, candidates.scores

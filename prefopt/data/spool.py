@@ -16,6 +16,30 @@ SPOOL_BYTES = 8 << 20  # records beyond this go from memory to disk
 T = TypeVar("T")
 
 
+class Lines:
+    """Lines of bytes on a temporary file, by number: memory holds one offset of each.
+
+    All are appended before the first is read.
+    """
+
+    def __init__(self) -> None:
+        self._offsets = array("Q", [0])
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def append(self, line: bytes) -> None:
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+
+    def __getitem__(self, index: int) -> bytes:
+        at = range(len(self))[index]  # negative indices, IndexError
+        self._file.seek(self._offsets[at])
+        return self._file.read(self._offsets[at + 1] - self._offsets[at])
+
+
 class Spool(Sequence[T]):
     """Records as JSON lines, read one at a time; `report` says how they came about.
 
@@ -25,9 +49,7 @@ class Spool(Sequence[T]):
     def __init__(self, report: DataReport, decode: Callable[[list[Any]], T]):
         self.report = report
         self._decode = decode
-        self._offsets = array("Q", [0])
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
-        weakref.finalize(self, self._file.close)
+        self._lines = Lines()
 
     def take(self, where: str, records: list[list[Any]] | str, rows: int = 1) -> bool:
         """Count rows in the report, and keep the records made of them (the fields of each), unless
@@ -53,8 +75,7 @@ class Spool(Sequence[T]):
         self.report.kept += rows
         self.report.records += len(lines)
         for line in lines:
-            self._file.write(line)
-            self._offsets.append(self._offsets[-1] + len(line))
+            self._lines.append(line)
         return True
 
     def check(self, unit: str) -> None:
@@ -71,7 +92,7 @@ class Spool(Sequence[T]):
         )
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._lines)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -87,6 +108,4 @@ class Spool(Sequence[T]):
         return self._read(index)[0]
 
     def _read(self, index: int) -> list[Any]:
-        at = range(len(self))[index]  # negative indices, IndexError
-        self._file.seek(self._offsets[at])
-        return json.loads(self._file.read(self._offsets[at + 1] - self._offsets[at]))
+        return json.loads(self._lines[index])
