@@ -47,7 +47,7 @@ DTYPES = {
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
     """Replaces the file `path` by `data`. On an error the old file stays, untouched."""
-    with _replacing(Path(path)) as fd:
+    with replacing(Path(path)) as fd:
         write_all(fd, data)
 
 
@@ -82,7 +82,7 @@ def save_tensors(
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(Path(path)) as fd:
+    with replacing(Path(path)) as fd:
         write_all(fd, len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().flatten()
@@ -184,7 +184,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path) -> Iterator[int]:
     """Yields the descriptor of a new file; when the body is done, it is durable and at `path`."""
     tmp = _tmp_beside(path)
     try:
