@@ -1,30 +1,22 @@
-"""`load_rankings`: any source of prompts with several rated responses to `Ranking` records."""
+"""`load_rankings`: any source of preferences to `Ranking` records, the best response first."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
-from prefopt.data.conversations import read_prompt, read_response
-from prefopt.data.detect import SAMPLE, Columns, check_columns, converted, detect, nearest
-from prefopt.data.files import Row, open_rows
-from prefopt.data.records import DataReport, Message, Pair, Ranking, are_messages
-from prefopt.data.schemas import RowDict
+from prefopt.data.detect import Columns
+from prefopt.data.records import Candidates, DataReport, Message, Pair, Ranking
+from prefopt.data.schemas import Item
+from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
-from prefopt.errors import InputError
 
-RANKED_COLUMNS = (
-    ("chosen", "rejected"),
-    ("chosen_response", "rejected_response"),
-    ("response_j", "response_k"),
-)
-RESPONSES = ("responses", "completions", "answers", "candidates")
-SCORES, RANKS = ("scores", "ratings"), ("ranks", "rank")  # more is better; 1 is best
-NAMES = ("prompt", "responses", "scores", "ranks", "system", "source")
-# What a response that is an object calls its parts.
-SCORE_KEYS, RANK_KEYS = ("score", "rating", "overall_score"), ("rank",)
+EQUAL = "responses left out because another is as good"
+REPEATED = "responses left out because they repeat a better one"
+UNRATED = "responses left out because they have no score"
 
 
 class Rankings(Spool[Ranking]):
@@ -43,14 +35,11 @@ def _decode(fields: list[Any]) -> Ranking:
 def load_rankings(
     source: Any, *, split: str | None = None, columns: Columns | None = None
 ) -> Rankings:
-    """Prompts with K >= 2 responses, best first, from what `open_rows` opens or a list of records.
+    """Prompts with K >= 2 responses, best first, from what `load_preferences` reads or a list of
+    `Ranking`.
 
-    A row has a `prompt` (text, an open Human/Assistant transcript or messages) and a list of
-    `responses` (also called completions, answers or candidates), with a list of `scores` or
-    `ratings` (more is better) or of `ranks` (1 is best) beside it, or in each response, as an
-    object, its text and its score, rating or rank. Preference rows in any schema that
-    `load_preferences` reads become rankings of two. `columns` maps prompt, responses, scores,
-    ranks, system and source to the source's own names and always wins (None hides a column).
+    Lists of responses with scores or ranks, trees and scored rows become rankings of all responses
+    to a prompt, pairs and choices between two become rankings of two. `columns` as there.
 
     Of responses that are equally good, or the same, only the first is kept. Counted in `.report`,
     with a reason for every row that was dropped: fewer than two are left, or a part is missing or
@@ -59,189 +48,51 @@ def load_rankings(
     """
     if isinstance(source, Rankings):
         return source
-    if isinstance(source, Sequence) and len(source) and isinstance(source[0], Pair | Ranking):
-        kind = type(source[0]).__name__
-        report = DataReport(f"list of {kind}", kind, f"the items are {kind} records already")
-        return _collect(((f"[{i}]", _of_record(item)) for i, item in enumerate(source)), report)
-    name, rows = open_rows(source, split)
-    columns = dict(columns or {})
-    sample = list(islice(rows, SAMPLE))
-    found = _columns_of([row for _, row in sample], columns, name)
-    if found is None:
-        decision = detect([row for _, row in sample], columns, name)
-        report = DataReport(name, decision.schema.name, f"{decision.reason}: rankings of two")
-        items = converted(chain(sample, rows), decision)
-        return _collect(((item.where, _of_record(item.record)) for item in items), report)
-    report = DataReport(name, "rankings", _how(found))
-    return _collect(_read(chain(sample, rows), found), report)
+    report, items = read_items(source, split, columns)
+    return _collect(items, report)
 
 
-class _Ranked(NamedTuple):
-    """A ranking, and how many responses it lost because they tell nothing."""
-
-    ranking: Ranking
-    equal: int = 0
-    repeated: int = 0
-
-
-def _collect(items: Iterator[tuple[str, _Ranked | str]], report: DataReport) -> Rankings:
+def _collect(items: Iterable[Item], report: DataReport) -> Rankings:
     """Spool what is usable, count what is not; InputError if nothing is left."""
-    out, equal, repeated = Rankings(report), 0, 0
-    for where, item in items:
-        if isinstance(item, str):
-            out.take(where, item)
+    out, left_out, longest = Rankings(report), Counter[str](), 2
+    for item in items:
+        made = item.record if isinstance(item.record, list) else [item.record]
+        ranked = [_ranked(record) for record in made]
+        usable = [(ranking, why) for ranking, why in ranked if isinstance(ranking, Ranking)]
+        if not usable:
+            out.take(item.where, str(ranked[0][0]), item.rows)
             continue
-        r = item.ranking
-        if out.take(where, [[r.prompt, r.responses, r.source]]):
-            equal, repeated = equal + item.equal, repeated + item.repeated
-    if equal:
-        report.notes.append(f"responses left out because another is as good: {equal:,}")
-    if repeated:
-        report.notes.append(f"responses left out because they repeat a better one: {repeated:,}")
+        fields = [[r.prompt, r.responses, r.source] for r, _ in usable]
+        if out.take(item.where, fields, item.rows):
+            for ranking, why in usable:
+                left_out.update(why)
+                longest = max(longest, len(ranking.responses))
+    report.reason += ": rankings of two" if longest == 2 else ""
+    report.notes += [f"{why}: {count:,}" for why, count in left_out.items() if count]
     out.check("ranking")
     return out
 
 
-# --- which columns -----------------------------------------------------------------------------
-
-
-def _columns_of(rows: Sequence[RowDict], columns: Columns, name: str) -> dict[str, str] | None:
-    """Canonical name -> the column that holds it; None for rows that are preference pairs."""
-    keys = list(dict.fromkeys(str(key) for row in rows for key in row))
-    pairs = "chosen" in columns or any(set(two) <= set(keys) for two in RANKED_COLUMNS)
-    if pairs and "responses" not in columns and not set(RESPONSES) & set(keys):
-        return None
-    check_columns(columns, keys, name, NAMES)
-    known = {"prompt": ("prompt",), "responses": RESPONSES, "scores": SCORES, "ranks": RANKS}
-    known |= {"system": ("system",), "source": ("source",)}
-    found: dict[str, str] = {}
-    for canonical, names in known.items():
-        here = [key for key in names if key in keys and key not in columns.values()]
-        if canonical in columns:
-            here = [key for key in keys if key == columns[canonical]]
-        if len(here) > 1:
-            raise InputError(
-                f"In {name!r}, {' and '.join(map(repr, here))} may all hold the {canonical}: pass "
-                f"columns={{{canonical!r}: {here[0]!r}}} to say which does."
-            )
-        if here:
-            found[canonical] = here[0]
-    if missing := [key for key in ("prompt", "responses") if key not in found]:
-        raise InputError(_nothing_fits(missing, keys, name))
-    if {"scores", "ranks"} <= found.keys():
-        raise InputError(
-            f"{name!r} has {found['scores']!r} (more is better) and {found['ranks']!r} (1 is "
-            "best): hide one with columns={'ranks': None} or columns={'scores': None}."
-        )
-    return found
-
-
-def _nothing_fits(missing: list[str], keys: list[str], name: str) -> str:
-    near = "".join(nearest(key, keys) for key in missing)
-    return (
-        f"The rows of {name!r} lack {' and '.join(map(repr, missing))}{near}: found "
-        f"{', '.join(keys) or 'no column'}; needed are 'prompt', a list of 'responses' and a list "
-        "of 'scores' or 'ranks' (or both in each response), or preference pairs; map other names "
-        f"with columns={dict.fromkeys(missing, '...')}."
-    )
-
-
-def _how(found: dict[str, str]) -> str:
-    order = "their own score, rating or rank"
-    if "scores" in found:
-        order = f"{found['scores']!r} (more is better)"
-    elif "ranks" in found:
-        order = f"{found['ranks']!r} (1 is best)"
-    return f"responses in {found['responses']!r} to {found['prompt']!r}, best first by {order}"
-
-
-# --- rows --------------------------------------------------------------------------------------
-
-
-def _read(rows: Iterator[Row], found: dict[str, str]) -> Iterator[tuple[str, _Ranked | str]]:
-    for where, row in rows:
-        yield where, _of_row({name: row.get(key) for name, key in found.items()})
-
-
-def _of_row(row: RowDict) -> _Ranked | str:
-    if not isinstance(row["responses"], list):
-        return f"the responses are {type(row['responses']).__name__}, not a list"
-    opened = read_prompt(row["prompt"], row.get("system"))
-    if isinstance(opened, str):
-        return opened
-    prompt, reply = opened
-    given = row.get("scores") if row.get("scores") is not None else row.get("ranks")
-    values = _values(row["responses"], given, worse_is_more=row.get("scores") is None)
-    if isinstance(values, str):
-        return values
-    rated: list[tuple[float, list[Message]]] = []
-    for value, response in zip(values, row["responses"], strict=True):
-        turns = read_response(response, reply)
-        if isinstance(turns, str):
-            return turns
-        rated.append((value, turns))
-    source = row.get("source")
-    return _ranked(prompt, rated, source if isinstance(source, str) else None)
-
-
-def _ranked(
-    prompt: list[Message], rated: list[tuple[float, list[Message]]], source: str | None
-) -> _Ranked | str:
-    """The best first, of equals the first; a response that is there already tells nothing."""
+def _ranked(record: Any) -> tuple[Ranking | str, dict[str, int]]:
+    """(the best first, of equals the first; how many responses are left out, by reason): one that
+    is there already tells nothing. Or why there is no ranking."""
+    if isinstance(record, str):
+        return record, {}
+    if isinstance(record, Pair):
+        scores = [0.0, 0.0] if record.preference == 0.5 else [1.0, 0.0]
+        record = Candidates(record.prompt, [record.chosen, record.rejected], scores, record.source)
     best: dict[float, list[Message]] = {}
+    rated = [s for s in zip(record.scores, record.responses, strict=True) if not math.isnan(s[0])]
     for value, turns in rated:
         best.setdefault(value, turns)
-    kept: list[list[Message]] = []
+    kept: dict[str, list[Message]] = {}
     for value in sorted(best, reverse=True):
-        if best[value] not in kept:
-            kept.append(best[value])
+        kept.setdefault(json.dumps(best[value]), best[value])
     if len(kept) < 2:
-        return "fewer than two responses that differ in text and in rank"
-    return _Ranked(Ranking(prompt, kept, source), len(rated) - len(best), len(best) - len(kept))
-
-
-def _values(responses: list[Any], given: Any, *, worse_is_more: bool) -> list[float] | str:
-    """How good each response is, more is better, or why that is not known."""
-    if given is None:
-        return _own_values(responses)
-    if not isinstance(given, list):
-        return f"the scores or ranks are {type(given).__name__}, not a list"
-    if len(given) != len(responses):
-        return "not as many scores or ranks as responses"
-    if not all(_is_number(value) for value in given):
-        return "a score or rank is no number"
-    return [-float(value) if worse_is_more else float(value) for value in given]
-
-
-def _own_values(responses: list[Any]) -> list[float] | str:
-    for keys, sign in ((SCORE_KEYS, 1), (RANK_KEYS, -1)):
-        for key in keys:
-            values: list[Any] = [r.get(key) if isinstance(r, Mapping) else None for r in responses]
-            if values and all(_is_number(value) for value in values):
-                return [sign * float(value) for value in values]
-    return "no scores or ranks"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# --- records -----------------------------------------------------------------------------------
-
-
-def _of_record(item: Any) -> _Ranked | str:
-    """A `Pair` or a `Ranking` made by the caller, or what is wrong with it."""
-    if isinstance(item, str):
-        return item  # why a row is no pair
-    if isinstance(item, Pair):
-        item = Ranking(item.prompt, [item.chosen, item.rejected], item.source)
-    if not isinstance(item, Ranking):
-        return f"a {type(item).__name__} among the records"
-    if not all(map(are_messages, (item.prompt, *item.responses))):
-        return "a side that is not a list of Message(role, content) with text"
-    if not item.prompt:
-        return "no prompt"
-    if not all(side and side[-1].role == "assistant" for side in item.responses):
-        return "no assistant turn"
-    rated = [(float(-i), side) for i, side in enumerate(item.responses)]
-    return _ranked(item.prompt, rated, item.source)
+        return "fewer than two responses that differ in text and in rank", {}
+    why = {
+        EQUAL: len(rated) - len(best),
+        REPEATED: len(best) - len(kept),
+        UNRATED: len(record.scores) - len(rated),
+    }
+    return Ranking(record.prompt, list(kept.values()), record.source), why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
@@ -10,10 +11,20 @@ from typing import Any
 from prefopt.data.detect import SAMPLE, SCHEMAS, Columns, converted, detect
 from prefopt.data.files import open_rows
 from prefopt.data.pairing import check_pairing, pair_items, said
-from prefopt.data.records import SPOKEN, Candidates, DataReport, Message, Pair, are_messages
+from prefopt.data.records import (
+    SPOKEN,
+    Candidates,
+    DataReport,
+    Message,
+    Pair,
+    Ranking,
+    are_messages,
+)
 from prefopt.data.schemas import Item, Schema
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
+
+RECORDS = (Pair, Candidates, Ranking)
 
 
 class Preferences(Spool[Pair]):
@@ -71,7 +82,8 @@ def read_items(
     schemas: Sequence[Schema] = SCHEMAS,
 ) -> tuple[DataReport, Iterator[Item]]:
     """How the rows of a source are read, and what each is made into, before any is left out."""
-    if isinstance(source, list | tuple) and source and isinstance(source[0], Pair | Candidates):
+    held = isinstance(source, Sequence) and len(source) and not isinstance(source, str)
+    if held and isinstance(source[0], RECORDS):
         kind = type(source[0]).__name__
         report = DataReport(f"list of {kind}", "pairs", f"the items are {kind} records already")
         return report, (Item(f"[{i}]", _checked(item)) for i, item in enumerate(source))
@@ -115,14 +127,22 @@ def _checked(item: Any) -> Pair | Candidates | str:
     """A record made by the caller, or what is wrong with it."""
     if isinstance(item, Pair):
         responses = [item.chosen, item.rejected]
-    elif isinstance(item, Candidates):
+    elif isinstance(item, Candidates | Ranking):
         responses = item.responses
     else:
-        return f"a {type(item).__name__} among Pair records"
+        return f"a {type(item).__name__} among the records"
     if not all(map(are_messages, (item.prompt, *responses))):
         return "a side that is not a list of Message(role, content) with text"
     if not item.prompt:
         return "no prompt"
     if not all(side and side[-1].role in SPOKEN for side in responses):
         return "no assistant turn"
+    if isinstance(item, Ranking):  # the best first, no two alike
+        item = Candidates(
+            item.prompt, responses, [-float(i) for i in range(len(responses))], item.source
+        )
+    if isinstance(item, Candidates) and len(item.scores) != len(responses):
+        return "not as many scores as responses"
+    if isinstance(item, Candidates) and any(map(math.isinf, item.scores)):
+        return "an infinite score"
     return item
