@@ -31,7 +31,7 @@ def records(
 ) -> Any:
     """What ``load`` (`load_preferences` or another) makes of --data, with its report printed."""
     if data == "embedded":
-        result = load(_embedded(split), columns=columns, **options)
+        result = load(embedded_rows(split), columns=columns, **options)
         result.report.source = "embedded"
     else:
         result = load(data, split=split, columns=columns, **options)
@@ -40,7 +40,8 @@ def records(
     return result
 
 
-def _embedded(split: str | None) -> list[dict[str, Any]]:
+def embedded_rows(split: str | None) -> list[dict[str, Any]]:
+    """The preference data in the package, all of it or one of its splits."""
     import gzip
 
     from prefopt.loading import EMBEDDED

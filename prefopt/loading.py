@@ -165,13 +165,7 @@ def load_model(
     are read (``options``: those of ``load_quantized``); a folder whose weights are 4-bit already is
     read as it is. Every failure is an InputError.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # a damaged file raises whatever its parser likes
-        raise InputError(f"cannot load a tokenizer from {base}: {first_line(error)}") from None
-    stored = stored_kind(base)
+    tokenizer, stored = load_tokenizer(base), stored_kind(base)
     if kind and stored and kind != stored:
         raise InputError(f"the weights of {base} are {stored} already; they cannot become {kind}")
     head, report = head_of(base, head), None
@@ -183,6 +177,16 @@ def load_model(
     if head == heads.SCORE and not scores_texts(read_config(base)):
         heads.draw_score(model)
     return model, tokenizer, report
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of a folder or hub id; every failure is an InputError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # a damaged file raises whatever its parser likes
+        raise InputError(f"cannot load a tokenizer from {base}: {first_line(error)}") from None
 
 
 def head_of(base: str, asked: str | None) -> str:
