@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefopt import checkpoint
 from prefopt.config import TrainConfig
-from prefopt.data.encode import Encoded
+from prefopt.data.encoded import EncodedSet
 from prefopt.data.packing import pack
 from prefopt.data.records import Message
 from prefopt.data.split import split_pairs
@@ -33,7 +33,7 @@ from prefopt.stop import StopSignal
 class Plan:
     """The encoded items, which of them train, and how many steps that makes."""
 
-    encoded: Sequence[Encoded]
+    encoded: EncodedSet
     train: list[int]  # positions in encoded
     held_out: list[int]
     steps: int
@@ -46,9 +46,13 @@ def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: Train
     longest = min(config.max_length, context_length(policy.model))
     encoded = objective.encode(data, policy.tokenizer, max_length=longest, template=config.template)
     unit = objective.unit  # which may depend on the records
-    at = {item.index: i for i, item in enumerate(encoded)}
+    at = np.full(len(data), -1)
+    at[encoded.indices] = np.arange(len(encoded))
     train, held_out = split_pairs(data, config.eval_fraction)
-    train, held_rows = [at[i] for i in train if i in at], [i for i in held_out if i in at]
+    train, held_rows = (
+        [int(at[i]) for i in train if at[i] >= 0],
+        [i for i in held_out if at[i] >= 0],
+    )
     if not train:
         raise InputError(f"no {unit} are left to train on; lower eval_fraction or give more data")
     plan_steps = sum(1 for _ in step_groups(encoded, train, config))
@@ -56,7 +60,7 @@ def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: Train
     prompts = []
     if objective.samples:
         asked = (data[i].prompt for i in held_rows)
-        prompts = list({str(p): p for p in asked if p and p[0].role != "text"}.values())
+        prompts = _distinct((p for p in asked if p and p[0].role != "text"), config.samples)
     report = getattr(data, "report", None)
     notes = {
         **(report.to_dict() if report else {"source": unit, "rows": len(data)}),
@@ -70,18 +74,29 @@ def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: Train
             f"held-out {unit}": len(held_rows),
         },
     }
-    return Plan(encoded, train, [at[i] for i in held_rows], steps, prompts[: config.samples], notes)
+    return Plan(encoded, train, [int(at[i]) for i in held_rows], steps, prompts, notes)
+
+
+def _distinct(prompts: Iterable[list[Message]], most: int) -> list[list[Message]]:
+    """The first that differ."""
+    found: dict[str, list[Message]] = {}
+    for prompt in prompts:
+        if len(found) == most:
+            break
+        found.setdefault(str(prompt), prompt)
+    return list(found.values())
 
 
 def step_groups(
-    encoded: Sequence[Encoded], train: list[int], config: TrainConfig
+    encoded: EncodedSet, train: list[int], config: TrainConfig
 ) -> Iterator[tuple[float, list[int]]]:
     """(epoch reached, items) of every step of every epoch; shuffled by (seed, epoch)."""
+    inputs = encoded.sizes - encoded.num_responses  # the last token of a response is none
     for epoch in range(config.epochs):
         order = np.random.default_rng((config.seed, epoch)).permutation(train).tolist()
         done, group, tokens = 0, [], 0
         for i in order:
-            size = len(encoded[i].prompt) + sum(len(r) - 1 for r in encoded[i].responses)
+            size = int(inputs[i])
             if group and (
                 tokens + size > config.batch_tokens
                 if config.batch_tokens
@@ -138,13 +153,7 @@ def order_of(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     """What decides which items a step sees, and what it does: must be equal for a resumed run."""
     keys = ("seed", "batch_size", "batch_tokens", "micro_tokens", "max_length", "eval_fraction")
     keys += ("ref_sync_steps", "ref_sync_alpha")
-    digest = hashlib.sha256()
-    for i in plan.train:
-        item = plan.encoded[i]
-        for ids in (item.prompt, *item.responses):
-            digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
-        digest.update(repr((item.weight, item.margin, item.labels)).encode())
-        digest.update(b"" if item.scored is None else item.scored.tobytes())
+    digest = hashlib.sha256(plan.encoded.digests[plan.train].tobytes())
     settings = {k: getattr(config, k) for k in keys}
     settings["objective"] = plan.notes["objective"]
     return {**settings, "steps": plan.steps, "token ids": digest.hexdigest()[:16]}

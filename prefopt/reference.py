@@ -2,8 +2,9 @@
 
 What is stored is the log-prob of every response token under the reference. Its key is what that
 number depends on and nothing else: `Policy.reference_key()` (base weights and a non-zero adapter,
-dtype, attention class) names the folder, the token ids of prompt and response name the record in
-it. A change of learning rate, LoRA rank, output folder or data file changes no key.
+dtype, attention class) names the folder, the token ids of prompt and response, and which of them
+are scored, name the record in it. A change of learning rate, LoRA rank, output folder or data file
+changes no key.
 
     dir/<16 hex>/key.json          what the folder's numbers depend on
     dir/<16 hex>/part-<hex>.bin    records, one after another, only ever appended to:
@@ -258,18 +259,22 @@ class _Folder:
 def _content_keys(batch: Batch) -> list[tuple[bytes, int]]:
     """(key, number of tokens) of each response, in the batch's order.
 
-    The key is blake2b-128 over both lengths, the prompt's ids and the response's ids.
+    The key is blake2b-128 over both lengths, the prompt's ids and the response's ids, and the mask
+    of the scored tokens where not all of them are: only their log-probs are stored.
     """
     keys = []
     for item in batch.encoded:
         prompt = np.ascontiguousarray(item.prompt, dtype="<i4").tobytes()
-        for response in item.responses:
+        masks = item.scored or (None,) * len(item.responses)
+        for response, mask in zip(item.responses, masks, strict=True):
             digest = hashlib.blake2b(digest_size=16)
             digest.update(struct.pack("<II", len(item.prompt), len(response)))
             digest.update(prompt)
             digest.update(np.ascontiguousarray(response, dtype="<i4").tobytes())
-            keys.append((digest.digest(), len(response)))
-    assert sum(n for _, n in keys) == len(batch.targets), "a batch scores every response token"
+            if mask is not None:
+                digest.update(np.packbits(mask).tobytes())
+            keys.append((digest.digest(), len(response) if mask is None else int(mask.sum())))
+    assert sum(n for _, n in keys) == len(batch.targets), "one log-prob for each scored token"
     return keys
 
 

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.data.encode import EncodedSet, Group, cut, encode_groups
+from prefopt.data.chunks import Recipe
+from prefopt.data.encode import Group, encode_groups
+from prefopt.data.encoded import EncodedSet
 from prefopt.data.mixing import check_weights
 from prefopt.data.packing import pack
 from prefopt.data.records import Message
@@ -112,8 +114,8 @@ def encode_responses(
         Group(prompt, [[Message("assistant", text)] for _, text in part], {})
         for prompt, part in groupby(zip(prompts, responses, strict=True), key=itemgetter(0))
     ]
-    encoded = encode_groups(groups, tokenizer, cut, max_length, "auto", "prompt")
-    missing = set(range(len(groups))) - {item.index for item in encoded}
+    encoded = encode_groups(groups, tokenizer, Recipe("prompt", "auto", max_length))
+    missing = set(range(len(groups))) - set(encoded.indices.tolist())
     if missing:
         why = next(key for key in encoded.counts if key.startswith("dropped: "))
         raise InputError(

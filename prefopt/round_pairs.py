@@ -12,7 +12,7 @@ import numpy as np
 
 from prefopt import loading
 from prefopt.config import TrainConfig, default_cache
-from prefopt.data.encode import EncodedSet
+from prefopt.data.encoded import Encoded, EncodedSet
 from prefopt.data.packing import Batch, pack
 from prefopt.data.pairing import pair_up
 from prefopt.data.records import Candidates, Message, Pair
@@ -72,14 +72,18 @@ class AsSampled:
         return self.objective(policy, batch)
 
     def encode(self, data: Any, tokenizer: Any, **options: Any) -> EncodedSet:
-        encoded, items = self.objective.encode(data, tokenizer, **options), []
-        for item in encoded:
-            responses = list(item.responses)
-            for i, cut in enumerate(self.cut[item.index]):
-                if cut and responses[i][-1] == tokenizer.eos_token_id and len(responses[i]) > 1:
-                    responses[i] = responses[i][:-1]
-            items.append(dataclasses.replace(item, responses=tuple(responses)))
+        encoded = self.objective.encode(data, tokenizer, **options)
+        items = (self._without_end(item, tokenizer.eos_token_id) for item in encoded)
         return EncodedSet(items, encoded.counts, encoded.template)
+
+    def _without_end(self, item: Encoded, eos: int) -> Encoded:
+        responses, masks = list(item.responses), list(item.scored or ())
+        for i, cut in enumerate(self.cut[item.index]):
+            if cut and responses[i][-1] == eos and len(responses[i]) > 1:
+                responses[i] = responses[i][:-1]
+                masks[i : i + 1] = [m if m is None else m[:-1] for m in masks[i : i + 1]]
+        scored = tuple(masks) or None
+        return dataclasses.replace(item, responses=tuple(responses), scored=scored)
 
 
 def held_out_batches(

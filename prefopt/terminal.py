@@ -53,10 +53,10 @@ def show_plan(objective: Any, policy: Policy, config: TrainConfig, plan: Any) ->
     for name, count in plan.encoded.counts.items():
         if count:
             say(f"{name}: {count:,}")
-    tokens = [len(e.prompt) + sum(map(len, e.responses)) for e in plan.encoded]
+    tokens = plan.encoded.sizes
     say(
         f"{len(plan.train):,} {objective.unit} to train on, {len(plan.held_out):,} held out; "
-        f"{plan.steps:,} steps; {sum(tokens) / len(tokens):.0f} tokens each, at most {max(tokens)}"
+        f"{plan.steps:,} steps; {tokens.mean():.0f} tokens each, at most {tokens.max()}"
     )
     if objective.needs_reference:
         say(f"reference log-probs in {config.cache or default_cache()}")

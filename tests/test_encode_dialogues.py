@@ -157,7 +157,7 @@ def tokens_of(tokenizer, pieces):
 def flat(item):
     """(all tokens, which are scored) of an encoded dialogue."""
     (response,) = item.responses
-    scored = np.ones(len(response), bool) if item.scored is None else item.scored
+    scored = np.ones(len(response), bool) if item.scored is None else item.scored[0]
     assert len(item.prompt) >= 1 and item.prompt.dtype == response.dtype == np.int32
     assert len(scored) == len(response) and scored[0] and scored[-1]
     assert item.scored is None or not scored.all()
@@ -407,7 +407,7 @@ def test_an_unknown_token_ends_no_turn():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!", unk_token="?")
     (item,) = encode_dialogues([dialogue("a", "ax\n", "a", "a")], tokenizer, template="plain")
     assert flat(item)[0] == [2, 2, 1, 3, 2, 2, 0]
-    assert item.scored is not None and item.scored.tolist() == [True] * 3 + [False] + [True] * 2
+    assert item.scored is not None and item.scored[0].tolist() == [True] * 3 + [False] + [True] * 2
 
 
 def test_an_end_of_text_inside_an_answer_is_counted():
@@ -526,9 +526,9 @@ def test_the_tokenizer_is_called_for_many_dialogues_at_once():
     tokenizer.chat_template = TOKENIZERS["chatml"].chat_template
     sources = [dialogue(str(i), "a", "b", "c") for i in range(600)]
     assert len(encode_dialogues(sources, tokenizer)) == 600
-    # Three batches: the whole, where each answer begins, and where the first one ends.
-    assert [n for n in calls if n > 1] == [4 * 256, 4 * 256, 4 * 88]
-    assert len(calls) <= 12
+    # Two chunks, and of each every distinct piece once: the question, and six that all share.
+    assert [n for n in calls if n > 1] == [512 + 6, 88 + 6]
+    assert len(calls) <= 6
 
 
 def test_turns_that_are_given_are_not_scored(tiny_model):
@@ -540,7 +540,7 @@ def test_turns_that_are_given_are_not_scored(tiny_model):
     every, last = (Dialogue(turns, context=given) for given in (0, 3))
     for dialogue, texts in ((every, [" aa", " bb"]), (last, [" bb"])):
         (item,) = encode_dialogues([dialogue], tokenizer)
-        scored = item.responses[0] if item.scored is None else item.responses[0][item.scored]
+        scored = item.responses[0] if item.scored is None else item.responses[0][item.scored[0]]
         assert tokenizer.decode(scored) == "".join(texts) + tokenizer.eos_token
     (whole,) = encode_dialogues([last], tokenizer, loss_on="all")
     assert len(whole.prompt) == 1 and whole.scored is None

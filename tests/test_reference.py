@@ -38,6 +38,7 @@ def group(prompt, *responses):
     return SimpleNamespace(
         prompt=np.array(prompt, np.int32),
         responses=tuple(np.array(r, np.int32) for r in responses),
+        scored=None,
     )
 
 

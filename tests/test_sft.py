@@ -87,7 +87,7 @@ def oracle(policy, items):
             labels = ids.clone()
             labels[: len(item.prompt)] = -100
             if item.scored is not None:
-                labels[len(item.prompt) :][~torch.from_numpy(item.scored)] = -100
+                labels[len(item.prompt) :][~torch.from_numpy(item.scored[0])] = -100
             logits = policy.model(ids[None], use_cache=False).logits[0, :-1]
             nll = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
             total, count = total + item.weight * nll, count + int((labels != -100).sum())

@@ -7,69 +7,44 @@ The rules:
   text and both whole conversations begin, so prompt + response are always the tokens of the whole
   conversation, and the same prompt serves both responses.
 - EOS ends every response once: the template's own if it writes one, else one is appended.
+- Of a response that is a single assistant turn every token is scored. Of one that holds turns of
+  others too (the conversations part early, or a tool answers) only the assistant's turns are, by
+  the rules of spoken.py.
 - A prompt is never cut. A response is cut at its end to fit `max_length` and then has no EOS.
+- A special token that is spelled out in a text is one for the tokenizer too, and for the model, as
+  it is in training and serving elsewhere. Such groups are kept and counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple, overload
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefopt.data.chunks import Chunk, Recipe, encode_records
+from prefopt.data.encoded import Encoded, EncodedSet, to_record
 from prefopt.data.records import Feedback, Message, Pair
+from prefopt.data.spoken import (
+    EOS_INSIDE,
+    NOT_A_PREFIX,
+    REWRITTEN,
+    Texts,
+    common_prefix,
+    conversation_texts,
+    ended,
+    scored_tokens,
+    spoken_turns,
+)
 from prefopt.data.template import choose_template, render_conversation, render_prompt
+from prefopt.data.tokens import TextTokenizer, decode
 from prefopt.errors import InputError
 
-BATCH = 256  # pairs per call of the tokenizer
 DESIRABLE, UNDESIRABLE, BASELINE = 1, 0, -1  # labels; BASELINE: a response to another prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A prompt [P >= 1] and its responses, each [n_k >= 1], int32; `index` is the row encoded.
-
-    `scored` [n] bool: which tokens of a single response count (None: all). `labels`: one of
-    DESIRABLE, UNDESIRABLE and BASELINE per response, for losses on single responses. `margin` and
-    `source` are the record's.
-    """
-
-    prompt: np.ndarray
-    responses: tuple[np.ndarray, ...]
-    index: int
-    weight: float = 1.0
-    margin: float | None = None
-    source: str | None = None
-    scored: np.ndarray | None = None
-    labels: tuple[int, ...] | None = None
-
-
-class EncodedSet(Sequence[Encoded]):
-    """Encoded groups in source order, with what truncation and filtering did to them.
-
-    `counts` maps "truncated" (responses cut), "dropped: <reason>" (pairs) and other facts to how
-    many; `template` says which template was applied and why.
-    """
-
-    def __init__(self, items: Sequence[Encoded], counts: dict[str, int], template: str):
-        self._items = list(items)
-        self.counts = counts
-        self.template = template
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> EncodedSet: ...
-    def __getitem__(self, index: int | slice) -> Encoded | EncodedSet:
-        if isinstance(index, slice):
-            return EncodedSet(self._items[index], dict(self.counts), self.template)
-        return self._items[index]
+SPELLED_OUT = "special tokens spelled out in the text"
+REPEATED = "responses identical to a better one"
 
 
 class Group(NamedTuple):
@@ -80,72 +55,82 @@ class Group(NamedTuple):
     about: dict[str, Any]
 
 
-# (responses in tokens, room for each) -> the responses that stay, cut, or why the group is dropped
-Fit = Callable[[list[np.ndarray], int], tuple[np.ndarray, ...] | str]
+class Response(NamedTuple):
+    """Tokens [n] int32 and which of them are scored, [n] bool or None for all."""
+
+    tokens: np.ndarray
+    scored: np.ndarray | None
+
+    @property
+    def spoken(self) -> bytes:
+        """What the model has to write."""
+        return (self.tokens if self.scored is None else self.tokens[self.scored]).tobytes()
 
 
 def encode_pairs(
-    pairs: Iterable[Pair], tokenizer: Any, *, max_length: int = 1024, template: str = "auto"
+    pairs: Iterable[Pair],
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    template: str = "auto",
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> EncodedSet:
     """Encode each pair as a prompt with two responses (chosen, rejected); see the rules above.
 
     `max_length` bounds prompt + response in tokens, EOS included. Dropped, and counted: prompts
-    that leave no room for a response, pairs that are the same in tokens (before or after
-    truncation), conversations the chat template refuses. Raises InputError for a tokenizer without
-    EOS and when every pair is dropped.
+    that leave no room for a response, pairs whose scored tokens are the same (before or after
+    truncation), responses without any, conversations the chat template refuses. `cache`: a folder
+    where what was encoded is found again; `workers`: processes to encode in, 0 for none (None: as
+    many as are worth it). Neither changes the result. Raises InputError for a tokenizer without EOS
+    and when every pair is dropped.
     """
     groups = (
         Group(
             p.prompt,
             (p.chosen, p.rejected),
-            {"weight": p.weight, "margin": p.margin, "source": p.source},
+            {
+                "weight": p.weight,
+                "margin": p.margin,
+                "source": p.source,
+                "preference": p.preference,
+            },
         )
         for p in pairs
     )
-    return encode_groups(groups, tokenizer, _fit_pair, max_length, template, "pair")
+    recipe = Recipe("pair", template, max_length)
+    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)
 
 
 def encode_feedback(
-    feedback: Iterable[Feedback], tokenizer: Any, *, max_length: int = 1024, template: str = "auto"
+    feedback: Iterable[Feedback],
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    template: str = "auto",
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> EncodedSet:
     """Encode each as a prompt with one labelled response, by the rules of `encode_pairs`."""
     groups = (
         Group(f.prompt, (f.response,), {"labels": (int(f.desirable),), "source": f.source})
         for f in feedback
     )
-    return encode_groups(groups, tokenizer, cut, max_length, template, "response")
+    recipe = Recipe("response", template, max_length)
+    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)
 
 
 def encode_groups(
-    groups: Iterable[Group], tokenizer: Any, fit: Fit, max_length: int, template: str, unit: str
+    groups: Iterable[Group],
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> EncodedSet:
-    """Encode prompts with any number of responses; `unit` is what a group is called in errors."""
-    check_limits(tokenizer, max_length)
-    chosen_template = choose_template(tokenizer, template)
-    counts: Counter[str] = Counter(truncated=0)
-    items: list[Encoded] = []
-    prompt_lengths: list[int] = []
-    for index, about, tokens in _tokenized(groups, tokenizer, chosen_template.name):
-        if isinstance(tokens, str):
-            counts[f"dropped: {tokens}"] += 1
-            continue
-        prompt, *wholes = tokens
-        size = min(common_prefix(prompt, whole) for whole in wholes)
-        counts["prompt not a prefix of its conversation, in tokens"] += size < len(prompt)
-        prompt_lengths.append(size)
-        responses = [ended(whole[size:], tokenizer) for whole in wholes]
-        kept = fit(responses, max_length - size) if size else "empty prompt"
-        if isinstance(kept, str):
-            counts[f"dropped: {kept}"] += 1
-            continue
-        counts["truncated"] += sum(len(r) > max_length - size for r in responses)
-        inside = sum(tokenizer.eos_token_id in response[:-1] for response in kept)
-        counts["responses with an EOS token inside"] += inside
-        items.append(Encoded(prompt[:size].copy(), kept, index, **about))
-    counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
-    if not items:
-        raise InputError(nothing_left(counts, prompt_lengths, max_length, unit))
-    return EncodedSet(items, dict(counts), str(chosen_template))
+    """Encode prompts with any number of responses; `recipe.unit`, one of FITS, decides which of
+    them stay."""
+    return encode_records(groups, tokenizer, recipe, encode_chunk, cache=cache, workers=workers)
 
 
 def encode_prompts(
@@ -154,9 +139,10 @@ def encode_prompts(
     """Token ids [P] int32 of each prompt, up to where the assistant starts to speak."""
     name = choose_template(tokenizer, template).name
     texts = [render_prompt(prompt, tokenizer, name) for prompt in prompts]
-    encoded = tokenize(texts, tokenizer, name)
-    for i, ids in enumerate(encoded):
-        if len(ids) == 0:
+    ids = TextTokenizer(tokenizer, name)(texts)
+    encoded = [ids[text].copy() for text in texts]
+    for i, prompt in enumerate(encoded):
+        if len(prompt) == 0:
             raise InputError(f"Prompt {i} is empty: it has no token to start from.")
     return encoded
 
@@ -166,10 +152,11 @@ def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     text, with what is not scored of it as more "prompt", and either ("eos", ...) or
     ("truncated", "")."""
     out = [("prompt", decode(encoded.prompt, tokenizer))]
-    for response in encoded.responses:
+    masks = encoded.scored or (None,) * len(encoded.responses)
+    for response, mask in zip(encoded.responses, masks, strict=True):
         whole = response[-1] == tokenizer.eos_token_id
         size = len(response) - whole
-        scored = np.ones(size, dtype=bool) if encoded.scored is None else encoded.scored[:size]
+        scored = np.ones(size, dtype=bool) if mask is None else mask[:size]
         starts = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist()]
         for start, end in zip(starts, [*starts[1:], size], strict=True):
             kind = "response" if scored[start:end].all() else "prompt"
@@ -178,127 +165,166 @@ def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     return out
 
 
-# --- text to tokens ----------------------------------------------------------------------------
+# --- one chunk ---------------------------------------------------------------------------------
 
 
-def check_limits(tokenizer: Any, max_length: int) -> None:
-    """InputError where no prompt with a response that ends could be encoded."""
-    if max_length < 2:
-        raise InputError(f"max_length={max_length} leaves no room for a prompt and a response.")
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "The tokenizer has no EOS token, so no response could end: set eos_token in the model "
-            "folder's tokenizer_config.json."
-        )
+class _Rendered(NamedTuple):
+    """The texts of a group: of its prompt, and of each conversation, whose `turns` are None where
+    its response is a single turn."""
+
+    prompt: str
+    whole: list[Texts]
+    spelled_out: bool
 
 
-def _tokenized(
-    groups: Iterable[Group], tokenizer: Any, template: str
-) -> Iterator[tuple[int, dict[str, Any], list[np.ndarray] | str]]:
-    """(index, what it decides, [prompt, whole of each response] or why it cannot be rendered)."""
-    numbered = enumerate(groups)
-    while batch := list(islice(numbered, BATCH)):
-        texts: list[str] = []
-        refused: dict[int, str] = {}
-        for index, (prompt, responses, _) in batch:
-            try:
-                texts += [
-                    render_prompt(prompt, tokenizer, template),
-                    *(render_conversation(prompt, r, tokenizer, template) for r in responses),
-                ]
-            except InputError as error:
-                refused[index] = str(error)
-        ids = iter(tokenize(texts, tokenizer, template))
-        for index, (_, responses, about) in batch:
-            size = 1 + len(responses)
-            yield index, about, refused.get(index) or [next(ids) for _ in range(size)]
+def encode_chunk(groups: Sequence[Group], tokenizer: TextTokenizer, recipe: Recipe) -> Chunk:
+    """The groups in order, as many as there are left of them, and what became of the others."""
+    chunk = Chunk.new()
+    rendered = [_render(group, tokenizer) for group in groups]
+    ids = tokenizer(
+        text
+        for texts in rendered
+        if not isinstance(texts, str)
+        for text in (texts.prompt, *(cut for whole in texts.whole for cut in whole.all()))
+    )
+    for row, (group, texts) in enumerate(zip(groups, rendered, strict=True)):
+        if isinstance(texts, str):
+            chunk.counts[f"dropped: {texts}"] += 1
+            continue
+        chunk.counts[SPELLED_OUT] += texts.spelled_out
+        item = _encode(group, texts, ids, tokenizer, recipe, chunk)
+        if isinstance(item, str):
+            chunk.counts[f"dropped: {item}"] += 1
+        else:
+            chunk.add(row, to_record(item))
+    return chunk
 
 
-def tokenize(texts: list[str], tokenizer: Any, template: str) -> list[np.ndarray]:
-    """Ids of each text. A chat template writes its own special tokens; other text gets those that
-    the tokenizer puts in front (BOS), never those it puts behind."""
-    if not texts:
-        return []
-    start = [] if template == "chat" else _start_ids(tokenizer)
-    ids = _ids(texts, tokenizer)
-    return [np.array(start + text_ids, dtype=np.int32) for text_ids in ids]
+def _render(group: Group, tokenizer: TextTokenizer) -> _Rendered | str:
+    """The texts of a group, or why it has none."""
+    name = tokenizer.template
+    try:
+        prompt = render_prompt(group.prompt, tokenizer.tokenizer, name)
+        whole = []
+        for response in group.responses:
+            turns = [*group.prompt, *response]
+            spoken = spoken_turns(turns, len(group.prompt))
+            if not spoken:
+                return "no assistant turn"
+            if spoken == [(len(group.prompt), len(turns))]:
+                text = render_conversation(group.prompt, response, tokenizer.tokenizer, name)
+                whole.append(Texts(text, None))
+            else:
+                whole.append(conversation_texts(turns, spoken, tokenizer))
+    except InputError as error:
+        return str(error)
+    messages = (m for side in (group.prompt, *group.responses) for m in side)
+    return _Rendered(prompt, whole, any(tokenizer.spelled_out(m.content) for m in messages))
 
 
-def _ids(texts: list[str], tokenizer: Any, special: bool = False) -> list[list[int]]:
-    # A tokenizer file may carry padding and truncation of its own: both are off here.
-    return tokenizer(
-        texts,
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+def _encode(
+    group: Group,
+    texts: _Rendered,
+    ids: dict[str, np.ndarray],
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    chunk: Chunk,
+) -> Encoded | str:
+    prompt, counts = ids[texts.prompt], chunk.counts
+    size = min(common_prefix(prompt, ids[whole.whole]) for whole in texts.whole)
+    counts[NOT_A_PREFIX] += size < len(prompt)
+    chunk.prompts.append(size)
+    responses = [
+        _response(whole, texts.prompt, size, ids, tokenizer, counts) for whole in texts.whole
+    ]
+    if any(r.scored is not None and not r.scored.any() for r in responses):
+        return "no token to score"
+    room = recipe.max_length - size
+    kept = FITS[recipe.unit](responses, room) if size else "empty prompt"
+    if isinstance(kept, str):
+        return kept
+    counts["truncated"] += sum(len(r.tokens) > room for r in responses)
+    counts[REPEATED] += len(responses) - len(kept)
+    for r in kept:
+        counts[EOS_INSIDE] += r.scored is None and tokenizer.eos in r.tokens[:-1]
+    scored = tuple(r.scored for r in kept)
+    return Encoded(
+        prompt[:size],
+        tuple(r.tokens for r in kept),
+        0,
+        scored=None if all(mask is None for mask in scored) else scored,
+        **group.about,
+    )
 
 
-def _start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text."""
-    (bare,), (full,) = _ids(["a"], tokenizer), _ids(["a"], tokenizer, special=True)
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    return [tokenizer.bos_token_id] if full[0] == tokenizer.bos_token_id else []
+def _response(
+    texts: Texts,
+    prompt: str,
+    size: int,
+    ids: dict[str, np.ndarray],
+    tokenizer: TextTokenizer,
+    counts: Counter[str],
+) -> Response:
+    """What follows the first `size` tokens, the prompt, up to the last token that is scored."""
+    if texts.turns is None:
+        return Response(ended(ids[texts.whole][size:], tokenizer), None)
+    inner: Counter[str] = Counter()
+    tokens, spans = scored_tokens(texts, ids, tokenizer, inner)
+    counts[EOS_INSIDE] += inner[EOS_INSIDE]
+    counts[REWRITTEN] += texts.rewritten
+    if texts.turns and texts.turns[0][0] == prompt:
+        spans[0] = (size, spans[0][1])
+    scored = np.zeros(len(tokens), dtype=bool)
+    for start, end in spans:
+        scored[start:end] = True
+    return _trimmed(tokens[size:], scored[size:])
 
 
-def decode(ids: np.ndarray, tokenizer: Any) -> str:
-    return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+def _trimmed(tokens: np.ndarray, scored: np.ndarray) -> Response:
+    """Up to the last token that is scored, if any is."""
+    at = np.flatnonzero(scored)
+    end = int(at[-1]) + 1 if len(at) else len(tokens)
+    return Response(tokens[:end], None if len(at) == end else scored[:end])
 
 
-# --- the rules ---------------------------------------------------------------------------------
+# --- which responses stay ----------------------------------------------------------------------
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two id arrays."""
-    size = min(len(a), len(b))
-    different = np.flatnonzero(a[:size] != b[:size])
-    return int(different[0]) if len(different) else size
-
-
-def ended(response: np.ndarray, tokenizer: Any) -> np.ndarray:
-    """The response up to the EOS that ends it (only white space may follow), or with one added."""
-    ends = np.flatnonzero(response == tokenizer.eos_token_id)
-    if len(ends) and not decode(response[ends[-1] + 1 :], tokenizer).strip():
-        return response[: ends[-1] + 1].copy()
-    return np.append(response, np.int32(tokenizer.eos_token_id))
-
-
-def cut(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
+def cut(responses: list[Response], room: int) -> list[Response] | str:
     """The responses cut to `room` tokens, or why there are none."""
     if room <= 0:
         return "prompt fills max_length"
-    return tuple(response[:room].copy() for response in responses)
+    kept = []
+    for tokens, scored in responses:
+        if scored is None:
+            kept.append(Response(tokens[:room], None))
+        elif scored[:room].any():
+            kept.append(_trimmed(tokens[:room], scored[:room]))
+        else:
+            return "truncation leaves a response without a token to score"
+    return kept
 
 
-def _fit_pair(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
-    """A pair that still differs."""
-    chosen, rejected = responses
-    if np.array_equal(chosen, rejected):
+def _differing(responses: list[Response], room: int) -> list[Response] | str:
+    """A pair whose scored tokens differ still."""
+    if responses[0].spoken == responses[1].spoken:
         return "identical in tokens"
     kept = cut(responses, room)
-    if not isinstance(kept, str) and np.array_equal(kept[0], kept[1]):
+    if not isinstance(kept, str) and kept[0].spoken == kept[1].spoken:
         return "identical after truncation"
     return kept
 
 
-def nothing_left(
-    counts: Counter[str], prompt_lengths: list[int], max_length: int, unit: str = "pair"
-) -> str:
-    """Why encoding left nothing, and which max_length would."""
-    dropped = {k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped")}
-    if not dropped:
-        return f"There are no {unit}s to encode."
-    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
-    message = f"No {unit} is left after encoding with max_length={max_length}: {reasons}"
-    if not any("max_length" in reason or "truncation" in reason for reason in dropped):
-        return f"{message}."
-    longest, median = max(prompt_lengths), int(np.median(prompt_lengths))
-    return (
-        f"{message}; the longest prompt has {longest:,} tokens, the median one {median:,}: set "
-        f"max_length well above {median:,}."
-    )
+def _distinct(responses: list[Response], room: int) -> list[Response] | str:
+    """Of responses with the same scored tokens, after truncation, the first."""
+    kept = cut(responses, room)
+    if isinstance(kept, str):
+        return kept
+    unique: dict[bytes, Response] = {}
+    for response in kept:
+        unique.setdefault(response.spoken, response)
+    return list(unique.values()) if len(unique) > 1 else "fewer than two different responses"
+
+
+# unit -> (responses, room for each) -> those that stay, cut, or why the group is dropped
+FITS = {"pair": _differing, "response": cut, "prompt": cut, "ranking": _distinct}

@@ -2,57 +2,38 @@
 
 The rules:
 - The tokens are those of the whole conversation, up to the end of its last assistant turn.
-- An assistant turn is what the model has to write: it begins where a prompt that asks for it ends
-  (`encode_prompts`), and it ends with the token that ends the turn, if the template writes one.
-  White space and the next speaker's header behind that are not scored.
-- Both ends are found in tokens, as the longest run with which the whole conversation and the
-  conversation up to there begin. A token that holds a piece of the next turn too is not scored.
+- Which of them the assistant writes, and so are scored, spoken.py says.
 - The last turn is scored as `encode_pairs` scores a response: with the EOS that ends it, or with
   one appended.
-- Some chat templates write a turn otherwise once others follow (they leave out what was thought).
-  Such a turn is no longer what the model would write, so it is context and not scored.
 - Plain text has no template: its first token is given and all others are scored, EOS appended.
 - What is longer than `max_length` is cut at its end.
 """
 
 from __future__ import annotations
 
-import os.path
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from prefopt.data.encode import (
-    BATCH,
-    Encoded,
-    EncodedSet,
-    check_limits,
-    common_prefix,
-    decode,
-    ended,
-    nothing_left,
-    tokenize,
+from prefopt.data.chunks import Chunk, Recipe, encode_records
+from prefopt.data.encode import SPELLED_OUT
+from prefopt.data.encoded import Encoded, EncodedSet, to_record
+from prefopt.data.records import Dialogue
+from prefopt.data.spoken import (
+    REWRITTEN,
+    Texts,
+    conversation_texts,
+    scored_tokens,
+    spoken_turns,
 )
-from prefopt.data.records import Dialogue, Message
-from prefopt.data.template import choose_template, render_conversation, render_prompt
+from prefopt.data.template import checked, render_conversation
+from prefopt.data.tokens import TextTokenizer
 from prefopt.errors import InputError
 
 LOSS_ON = ("assistant", "all")
-REWRITTEN = "assistant turns that the chat template rewrites, not scored"
-
-
-class _Texts(NamedTuple):
-    """A conversation as text, and up to where each of its assistant turns begins and ends.
-
-    The last turn ends where the conversation does (None). Without turns, all of it is scored.
-    """
-
-    whole: str
-    turns: list[tuple[str, str | None]] | None
-    rewritten: int = 0
+TALKS = "dialogues with speakers"  # counted to say which template they were written in
 
 
 def encode_dialogues(
@@ -62,164 +43,98 @@ def encode_dialogues(
     max_length: int = 1024,
     template: str = "auto",
     loss_on: str = "assistant",
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> EncodedSet:
     """Encode each dialogue as a prompt with one response; see the rules above.
 
     The prompt is what comes before the first scored token, the response all that follows up to the
-    last one, `scored` [n] says which of its tokens count (None: all). loss_on: "assistant", or
-    "all" for every token but the first. Dropped, and counted: dialogues of which nothing scored is
-    left, conversations the chat template refuses. Raises InputError for a tokenizer without EOS and
-    when every dialogue is dropped.
+    last one, `scored` says which of its tokens count. loss_on: "assistant", or "all" for every
+    token but the first. `cache` and `workers` as of `encode_pairs`. Dropped, and counted: dialogues
+    of which nothing scored is left, conversations the chat template refuses. Raises InputError for
+    a tokenizer without EOS and when every dialogue is dropped.
     """
-    check_limits(tokenizer, max_length)
     if loss_on not in LOSS_ON:
         raise InputError(f"loss_on={loss_on!r} is not one of {', '.join(LOSS_ON)}.")
-    chosen = choose_template(tokenizer, template)
-    counts: Counter[str] = Counter(truncated=0)
-    items: list[Encoded] = []
-    prompt_lengths: list[int] = []
-    spoken = False
-    ends = _turn_ends(tokenizer)
-    for index, dialogue, texts, ids in _tokenized(dialogues, tokenizer, chosen.name, loss_on):
-        spoken |= dialogue.text is None
-        if isinstance(texts, str):
-            counts[f"dropped: {texts}"] += 1
-            continue
-        counts[REWRITTEN] += texts.rewritten
-        tokens, scored = _scored(texts, ids, tokenizer, ends, counts)
-        scored[:1] = False  # there is nothing to predict the first token from
-        at = np.flatnonzero(scored)
-        if not len(at):
-            counts["dropped: no token to score"] += 1
-            continue
-        prompt_lengths.append(int(at[0]))
-        at = at[at < max_length]
-        if not len(at):
-            counts["dropped: prompt fills max_length"] += 1
-            continue
-        counts["truncated"] += len(tokens) > max_length
-        response = slice(at[0], at[-1] + 1)
-        items.append(
-            Encoded(
-                tokens[: at[0]].copy(),
-                (tokens[response].copy(),),
-                index,
-                dialogue.weight,
-                source=dialogue.source,
-                scored=None if scored[response].all() else scored[response].copy(),
-            )
-        )
-    counts = Counter({key: n for key, n in counts.items() if n or key == "truncated"})
-    if not items:
-        raise InputError(nothing_left(counts, prompt_lengths, max_length, "dialogue"))
-    return EncodedSet(items, dict(counts), str(chosen) if spoken else "none: text without speakers")
+    recipe = Recipe("dialogue", template, max_length, loss_on)
+    encoded = encode_records(
+        dialogues, tokenizer, recipe, encode_chunk, cache=cache, workers=workers
+    )
+    if not encoded.counts.pop(TALKS, 0):
+        encoded.template = "none: text without speakers"
+    return encoded
 
 
-# --- text to tokens ----------------------------------------------------------------------------
+def encode_chunk(dialogues: Sequence[Dialogue], tokenizer: TextTokenizer, recipe: Recipe) -> Chunk:
+    """The dialogues in order, as many as there are left of them, and what became of the others."""
+    chunk = Chunk.new()
+    rendered = [_render(dialogue, tokenizer, recipe.loss_on) for dialogue in dialogues]
+    kinds = {True: tokenizer, False: tokenizer.plain}
+    asked: dict[bool, list[str]] = {True: [], False: []}
+    for dialogue, texts in zip(dialogues, rendered, strict=True):
+        if not isinstance(texts, str):
+            asked[dialogue.text is None] += texts.all()
+    ids = {talks: kinds[talks](texts) for talks, texts in asked.items()}
+    for row, (dialogue, texts) in enumerate(zip(dialogues, rendered, strict=True)):
+        talks = dialogue.text is None
+        chunk.counts[TALKS] += talks
+        item = texts
+        if isinstance(texts, Texts):
+            item = _encode(dialogue, texts, ids[talks], kinds[talks], recipe, chunk)
+        if isinstance(item, Encoded):
+            chunk.add(row, to_record(item))
+        else:
+            chunk.counts[f"dropped: {item}"] += 1
+    return chunk
 
 
-def _tokenized(
-    dialogues: Iterable[Dialogue], tokenizer: Any, template: str, loss_on: str
-) -> Iterator[tuple[int, Dialogue, _Texts | str, dict[str, np.ndarray]]]:
-    """(index, dialogue, its texts or why it has none, tokens of each of its texts), in at most two
-    calls of the tokenizer a batch."""
-    numbered = enumerate(dialogues)
-    while batch := list(islice(numbered, BATCH)):
-        rendered = [_render(dialogue, tokenizer, template, loss_on) for _, dialogue in batch]
-        kinds: dict[str, dict[str, None]] = {template: {}, "plain": {}}  # sets that keep order
-        for (_, dialogue), texts in zip(batch, rendered, strict=True):
-            if not isinstance(texts, str):
-                kind = kinds[template if dialogue.text is None else "plain"]
-                kind |= dict.fromkeys([texts.whole])
-                for turn in texts.turns or []:
-                    kind |= dict.fromkeys(text for text in turn if text is not None)
-        ids = {
-            kind: dict(zip(texts, tokenize(list(texts), tokenizer, kind), strict=True))
-            for kind, texts in kinds.items()
-        }
-        for (index, dialogue), texts in zip(batch, rendered, strict=True):
-            yield index, dialogue, texts, ids[template if dialogue.text is None else "plain"]
-
-
-def _render(dialogue: Dialogue, tokenizer: Any, template: str, loss_on: str) -> _Texts | str:
-    if dialogue.text is not None:
-        return _Texts(dialogue.text, None)
-    spoken = (i for i, turn in enumerate(dialogue.turns) if turn.role == "assistant")
-    answers = [i for i in spoken if i >= dialogue.context]
-    if not answers:
-        return "no assistant turn"
-    turns = dialogue.turns[: answers[-1] + 1]  # what follows answers nothing
+def _render(dialogue: Dialogue, tokenizer: TextTokenizer, loss_on: str) -> Texts | str:
+    """The texts of a dialogue, or why it has none."""
     try:
-        whole = render_conversation(turns, [], tokenizer, template)
+        if dialogue.text is not None:
+            return Texts(checked(dialogue.text), None)
+        spoken = spoken_turns(dialogue.turns, dialogue.context)
+        if not spoken:
+            return "no assistant turn"
+        if loss_on == "all":
+            turns = dialogue.turns[: spoken[-1][1]]
+            text = render_conversation(turns, [], tokenizer.tokenizer, tokenizer.template)
+            return Texts(text, None)
+        return conversation_texts(dialogue.turns, spoken, tokenizer)
     except InputError as error:
         return str(error)
-    if loss_on == "all":
-        return _Texts(whole, None)
-    found: list[tuple[str, str | None]] = []
-    for i in answers:
-        before = _cut(turns[:i], whole, tokenizer, template) if i else None
-        after = _cut(turns[: i + 1], whole, tokenizer, template) if i < answers[-1] else (None, "")
-        if before and after:
-            found.append((before[1], after[0]))
-    return _Texts(whole, found, len(answers) - len(found))
 
 
-def _cut(
-    turns: Sequence[Message], whole: str, tokenizer: Any, template: str
-) -> tuple[str, str] | None:
-    """The conversation up to here, (as it stands, with what opens an assistant turn), or None where
-    the whole conversation begins otherwise: where what both have in common is not in it."""
-    try:
-        closed = render_conversation(turns, [], tokenizer, template)
-        opened = render_prompt(turns, tokenizer, template)
-    except InputError:
-        return None
-    known = whole.startswith((closed, opened)) or whole.startswith(
-        os.path.commonprefix([closed, opened])  # noqa: RUF071, characters are meant
-    )
-    return (closed, opened) if known else None
-
-
-# --- which tokens are scored -------------------------------------------------------------------
-
-
-def _scored(
-    texts: _Texts, ids: dict[str, np.ndarray], tokenizer: Any, ends: list[int], counts: Counter[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [T] of the conversation, which of them are scored [T] bool)."""
-    whole = ids[texts.whole]
-    if texts.turns is None:
-        tokens = ended(whole, tokenizer)
-        return tokens, np.ones(len(tokens), dtype=bool)
-    tokens, spans = whole, []
-    for opening, closing in texts.turns:
-        start = common_prefix(ids[opening], whole)
-        counts["prompt not a prefix of its conversation, in tokens"] += start < len(ids[opening])
-        if closing is None:
-            tokens = np.concatenate([whole[:start], ended(whole[start:], tokenizer)])
-            spans.append((start, len(tokens)))
-        else:
-            turn = whole[start : common_prefix(ids[closing], whole)]
-            spans.append((start, start + _without_tail(turn, tokenizer, ends)))
+def _encode(
+    dialogue: Dialogue,
+    texts: Texts,
+    ids: dict[str, np.ndarray],
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    chunk: Chunk,
+) -> Encoded | str:
+    said = (dialogue.text,) if dialogue.text is not None else (m.content for m in dialogue.turns)
+    chunk.counts[SPELLED_OUT] += any(map(tokenizer.spelled_out, said))
+    chunk.counts[REWRITTEN] += texts.rewritten
+    tokens, spans = scored_tokens(texts, ids, tokenizer, chunk.counts)
     scored = np.zeros(len(tokens), dtype=bool)
     for start, end in spans:
         scored[start:end] = True
-        counts["responses with an EOS token inside"] += bool(
-            (tokens[start : end - 1] == tokenizer.eos_token_id).any()
-        )
-    return tokens, scored
-
-
-def _turn_ends(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that may end a turn: the special ones."""
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-    return sorted(special - {tokenizer.unk_token_id})
-
-
-def _without_tail(turn: np.ndarray, tokenizer: Any, ends: list[int]) -> int:
-    """Length of the turn up to the token that ends it, where only white space follows that."""
-    at = np.flatnonzero(np.isin(turn, ends))
-    if len(at) and not decode(turn[at[-1] + 1 :], tokenizer).strip():
-        return int(at[-1]) + 1
-    return len(turn)
+    scored[:1] = False  # there is nothing to predict the first token from
+    at = np.flatnonzero(scored)
+    if not len(at):
+        return "no token to score"
+    chunk.prompts.append(int(at[0]))
+    at = at[at < recipe.max_length]
+    if not len(at):
+        return "prompt fills max_length"
+    chunk.counts["truncated"] += len(tokens) > recipe.max_length
+    response = slice(at[0], at[-1] + 1)
+    return Encoded(
+        tokens[: at[0]],
+        (tokens[response],),
+        0,
+        dialogue.weight,
+        source=dialogue.source,
+        scored=None if scored[response].all() else (scored[response],),
+    )

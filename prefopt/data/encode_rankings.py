@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from prefopt.data.encode import EncodedSet, Group, cut, encode_groups
+from prefopt.data.chunks import Recipe
+from prefopt.data.encode import Group, encode_groups
+from prefopt.data.encoded import EncodedSet
 from prefopt.data.records import Ranking
 
 
@@ -17,30 +18,17 @@ def encode_rankings(
     *,
     max_length: int = 1024,
     template: str = "auto",
+    cache: Path | None = None,
+    workers: int | None = None,
 ) -> EncodedSet:
     """Encode each ranking as a prompt with its responses, the best one first.
 
-    As `encode_pairs`, for any number of responses. Of responses that are the same in tokens, before
-    or after truncation, nothing says which is better: all but the first are dropped, and counted.
-    Dropped, and counted: rankings with fewer than two responses left, prompts that leave no room,
-    conversations the chat template refuses. Raises InputError for a tokenizer without EOS and when
-    every ranking is dropped.
+    As `encode_pairs`, for any number of responses. Of responses whose scored tokens are the same,
+    before or after truncation, nothing says which is better: all but the first are dropped, and
+    counted. Dropped, and counted: rankings with fewer than two responses left, prompts that leave
+    no room, conversations the chat template refuses. Raises InputError for a tokenizer without EOS
+    and when every ranking is dropped.
     """
-    repeated = 0
-
-    def different(responses: list[np.ndarray], room: int) -> tuple[np.ndarray, ...] | str:
-        nonlocal repeated
-        kept = cut(responses, room)
-        if isinstance(kept, str):
-            return kept
-        unique = {response.tobytes(): response for response in kept}  # in order of the first
-        repeated += len(kept) - len(unique)
-        if len(unique) < 2:
-            return "fewer than two different responses"
-        return tuple(unique.values())
-
     groups = (Group(r.prompt, r.responses, {"source": r.source}) for r in rankings)
-    encoded = encode_groups(groups, tokenizer, different, max_length, template, "ranking")
-    if repeated:
-        encoded.counts["responses identical to a better one"] = repeated
-    return encoded
+    recipe = Recipe("ranking", template, max_length)
+    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.data.encode import Encoded
+from prefopt.data.encoded import Encoded
 
 Layout = Literal["shared", "padded"]
 
@@ -53,6 +53,7 @@ class Batch:
     ref_logprobs: Tensor | None = None  # [N] float32
     weights: Tensor | None = None  # [R] float32, None when all are 1
     margins: Tensor | None = None  # [groups] float32, 0 where not known; None when none is
+    preferences: Tensor | None = None  # [groups] float32, None when all are 1
     labels: Tensor | None = None  # [R] int64, of Encoded.labels
     end_rows: Tensor | None = None  # [R] hidden row of each response's last token, with `ends`
 
@@ -116,6 +117,11 @@ def _grow(item: Encoded, rows: int, width: int, layout: Layout, ends: bool) -> t
     return rows + len(inputs), max(width, prompt + max(inputs))
 
 
+def _masks(item: Encoded) -> tuple[np.ndarray | None, ...]:
+    """Which tokens of each response are scored, None: all."""
+    return item.scored or (None,) * len(item.responses)
+
+
 def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
     rows, width = 0, 0
     for item in items:
@@ -137,7 +143,7 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
         if layout == "shared":
             cursor = place(item.prompt, cursor, 0)
             runs.append((prompt_start, cursor, prompt_start, prompt_start))
-        for response in item.responses:
+        for response, mask in zip(item.responses, _masks(item), strict=True):
             if layout == "padded":
                 prompt_start, row_start = cursor, cursor
                 cursor = place(item.prompt, cursor, 0)
@@ -149,7 +155,7 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
             elif cursor > start:
                 runs.append((start, cursor, prompt_start, prompt_start + prompt))
             # The last prompt row predicts the first token, then each token its successor.
-            scored = slice(None) if item.scored is None else item.scored
+            scored = slice(None) if mask is None else mask
             predicting = np.arange(start - 1, start + len(response) - 1)
             predicting[0] = prompt_start + prompt - 1
             score_rows.append(predicting[scored])
@@ -158,6 +164,7 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
 
     weights = [float(item.weight) for item in items for _ in item.responses]
     margins = [item.margin for item in items]
+    preferences = [float(item.preference) for item in items]
     labels = [label for item in items for label in item.labels or ()]
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -174,6 +181,7 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
         margins=None
         if margins.count(None) == len(items)
         else torch.tensor([m or 0.0 for m in margins]),
+        preferences=None if all(p == 1 for p in preferences) else torch.tensor(preferences),
         labels=torch.tensor(labels) if labels else None,
         end_rows=torch.tensor(end_rows) if ends else None,
     )

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +23,10 @@ from prefopt.data.encode import (
     BASELINE,
     DESIRABLE,
     UNDESIRABLE,
-    Encoded,
-    EncodedSet,
     encode_feedback,
     encode_pairs,
 )
+from prefopt.data.encoded import Encoded, EncodedSet
 from prefopt.data.packing import Batch
 from prefopt.data.records import Feedback
 from prefopt.errors import InputError
@@ -42,16 +43,31 @@ class Responses(NamedTuple):
     lengths: Tensor
 
 
-def next_prompts(encoded: Sequence[Encoded]) -> list[Encoded]:
-    """Of each group the next one, around the end, that has another prompt."""
-    n, following = len(encoded), list(encoded)
-    prompts = [item.prompt.tobytes() for item in encoded]
+def next_prompts(encoded: Sequence[Encoded]) -> list[int]:
+    """Of each group the position of the next one, around the end, that has another prompt."""
+    n, following = len(encoded), list(range(len(encoded)))
+    prompts = [blake2b(item.prompt.tobytes(), digest_size=16).digest() for item in encoded]
     if len(set(prompts)) < 2:
         raise InputError("KTO needs responses to two prompts at least, for its baseline")
     for i in reversed(range(2 * n)):  # twice around: the last groups look at the first
         here, after = i % n, (i + 1) % n
-        following[here] = encoded[after] if prompts[here] != prompts[after] else following[after]
+        following[here] = after if prompts[here] != prompts[after] else following[after]
     return following
+
+
+def with_baseline(item: Encoded, other: Encoded, max_length: int) -> Encoded:
+    """The group with the first response of another, cut to fit, as one more."""
+    room = max_length - len(item.prompt)
+    responses = (*item.responses, other.responses[0][:room])
+    masks = (*(item.scored or (None,) * len(item.responses)), (other.scored or (None,))[0])
+    if masks[-1] is not None:
+        masks = (*masks[:-1], masks[-1][:room])
+    return dataclasses.replace(
+        item,
+        responses=responses,
+        scored=None if all(mask is None for mask in masks) else masks,
+        labels=(*(item.labels or (DESIRABLE, UNDESIRABLE)), BASELINE),
+    )
 
 
 class KTO:
@@ -87,15 +103,17 @@ class KTO:
         """
         encode = encode_feedback if isinstance(data[0], Feedback) else encode_pairs
         encoded = encode(data, tokenizer, max_length=max_length, template=template)
-        items = []
-        for item, other in zip(encoded, next_prompts(encoded), strict=True):
-            room = max_length - len(item.prompt)
-            responses = (*item.responses, other.responses[0][:room].copy())
-            labels = (*(item.labels or (DESIRABLE, UNDESIRABLE)), BASELINE)
-            items.append(dataclasses.replace(item, responses=responses, labels=labels))
-        labels = [label for item in items for label in item.labels or () if label != BASELINE]
-        self.desirable_share = labels.count(DESIRABLE) / len(labels)
-        return EncodedSet(items, encoded.counts, encoded.template)
+        labels: Counter[int] = Counter()
+
+        def items() -> Iterator[Encoded]:
+            for item, at in zip(encoded, next_prompts(encoded), strict=True):
+                made = with_baseline(item, encoded[at], max_length)
+                labels.update(made.labels)
+                yield made
+
+        whole = EncodedSet(items(), encoded.counts, encoded.template)
+        self.desirable_share = labels[DESIRABLE] / (labels[DESIRABLE] + labels[UNDESIRABLE])
+        return whole
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of the losses of the responses, how many, sums over them of the metrics)."""
