@@ -235,14 +235,20 @@ def test_message_list_drops():
         {"chosen": TURNS, "rejected": TURNS},
         {"chosen": [{"role": "robot", "content": ""}], "rejected": OTHER},
         {"chosen": [{"from": "human", "value": ""}], "rejected": OTHER},
+        {"chosen": [{"from": "human", "text": ""}], "rejected": OTHER},
         {"chosen": [user("q"), assistant(None)], "rejected": OTHER},
         {"chosen": 1, "rejected": OTHER},
     ]
     pairs = load_preferences(rows)
-    assert list(pairs) == [simple("q", "GOOD", "BAD")]
+    first, early = pairs
+    assert first == simple("q", "GOOD", "BAD")
+    # They part in the first reply: what follows it stays, with the turn of the user between.
+    assert early.prompt == [Message("user", "q")]
+    assert [m.content for m in early.chosen] == ["GOOD", "thanks", "x"]
+    assert [m.content for m in early.rejected] == ["BAD", "thanks", "x"]
     assert pairs.report.dropped == {
-        "contexts differ": 3,
-        "no assistant turn": 2,
+        "contexts differ": 2,
+        "no assistant turn": 3,
         "no prompt": 1,
         "the prompt column is not in the conversation": 1,
         "identical": 1,
@@ -287,6 +293,8 @@ def test_columns_win_over_what_is_there():
 
 def test_ambiguous_columns_are_refused_and_columns_settle_it():
     row = {**PLAIN[0], "response_a": "A", "response_b": "B"}
+    assert one(row) == simple(*PLAIN[0].values())  # two responses without a verdict tell nothing
+    row["winner"] = "a"
     with pytest.raises(InputError, match=r"columns=\{'chosen': 'chosen', 'rejected': 'rejected'\}"):
         load_preferences([row])
     columns = {"chosen": "chosen", "rejected": "rejected"}
@@ -298,12 +306,15 @@ def test_ambiguous_columns_are_refused_and_columns_settle_it():
 @pytest.mark.parametrize(
     "rows, kwargs, words",
     [
-        ([{"instruction": "q", "response_j": "a", "response_k": "b"}], {}, [
-            "lack 'chosen' and 'rejected'", "found instruction, response_j, response_k",
-            "{'chosen': 'response_j', 'rejected': 'response_k', 'prompt': 'instruction'}",
+        ([{"instruction": "q", "response_j": "a", "response": "b"}], {}, [
+            "lack 'chosen' and 'rejected'", "found instruction, response_j, response;",
+            "columns={'chosen': '...', 'rejected': '...'}",
         ]),
-        ([{"query": "q", "b": "b"}], {}, [
-            "columns={'chosen': '...', 'rejected': '...', 'prompt': 'query'}",
+        ([{"ask": "q", "chosen": "a", "rejected": "b"}], {}, [
+            "lack 'prompt'", "columns={'prompt': '...'}",
+        ]),
+        ([{"question": "q", "context": "c", "chosen": "a", "rejected": "b"}], {}, [
+            "'question' and 'context' may both hold", "columns={'prompt': 'context'}",
         ]),
         ([{"text": "a"}], {}, ["found text", "'prompt', 'chosen' and 'rejected'"]),
         ([{"chosen": "a", "rejected": "b"}], {}, ["lack 'prompt'"]),

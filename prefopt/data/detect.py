@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from prefopt.data.choice_schemas import CHOICE_SCHEMAS
+from prefopt.data.choice_schemas import CHOICE_SCHEMAS, SIDES
+from prefopt.data.columns import (
+    Columns,
+    apply_columns,
+    check_columns,
+    check_rivals,
+    resolve,
+    within,
+)
+from prefopt.data.columns import nearest as nearest
 from prefopt.data.files import Row
 from prefopt.data.grouped_schemas import GROUPED_SCHEMAS
 from prefopt.data.list_schemas import LIST_SCHEMAS
 from prefopt.data.pair_schemas import PAIR_SCHEMAS
 from prefopt.data.readers import Unreadable
-from prefopt.data.schemas import CHOICES, PAIRS, Item, RowDict, Schema, Within
+from prefopt.data.schemas import CHOICES, PAIRS, RATED, Item, Noted, RowDict, Schema
 from prefopt.errors import InputError
 
 SAMPLE = 64  # rows looked at to decide the schema
 SCHEMAS = [*PAIR_SCHEMAS, *CHOICE_SCHEMAS, *LIST_SCHEMAS, *GROUPED_SCHEMAS]
-Columns = Mapping[str, str | None]
 
 
 class Decision(NamedTuple):
@@ -55,7 +62,7 @@ def detect(
     """
     keys = list(dict.fromkeys(str(key) for row in sample for key in row))
     canonical = list(dict.fromkeys(key for schema in schemas for key in schema.names))
-    columns = _within(columns, keys, sample)
+    columns = within(columns, keys, sample)
     check_columns(columns, keys, name, canonical)
     asked = {key for key, column in columns.items() if column is not None}
     able = [schema for schema in schemas if asked <= schema.names.keys()]
@@ -73,7 +80,8 @@ def detect(
     if others:
         raise InputError(_two_fit(best, others[0], name))
     schema, found, _ = best
-    _check_rivals(schema, found, columns, keys, name)
+    check_rivals(schema, keys, columns, name)
+    _check_refused(schema, sample, found, columns, name)
     looked = f"{most} of the first {len(sample)} rows" if len(sample) > 1 else "the only row"
     renamed = [f"{key!r} from {col!r}" for key, col in found.items() if col and col != key]
     how = f"{schema.how}; {', '.join(renamed)}" if renamed else schema.how
@@ -93,6 +101,7 @@ def _fit(
 
 def _two_fit(a: _Fit, b: _Fit, source: str) -> str:
     """What to do where two schemas read equally many rows, other ones or the same."""
+    a, b = sorted((a, b), key=lambda fit: min(fit.read))
     kinds = f"({a.schema.name} and {b.schema.name})"
     if a.read.isdisjoint(b.read):
         return f"{source!r} mixes rows of several kinds {kinds}: separate them."
@@ -105,89 +114,30 @@ def _two_fit(a: _Fit, b: _Fit, source: str) -> str:
     )
 
 
-def _within(columns: Columns, keys: Sequence[str], sample: Sequence[RowDict]) -> Columns:
-    """`columns`, with what is no column but a key of objects within one marked as that: what a
-    response is rated by (`Within`) may stand there."""
-    rated = [key for key in ("scores", "ranks", "score") if columns.get(key) not in (None, *keys)]
-    if not rated:
-        return columns
-    inner = {key for row in sample for value in row.values() for key in _keys(value, 4)}
-    marked = {key: Within(columns[key]) for key in rated if columns[key] in inner}
-    return {**columns, **marked}
-
-
-def _keys(value: Any, depth: int) -> Iterator[str]:
-    """The keys of objects in a value, in lists and in each other."""
-    if isinstance(value, Mapping) and depth:
-        yield from map(str, value)
-    if isinstance(value, Mapping | list) and depth:
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _keys(inner, depth - 1)
-
-
-def resolve(schema: Schema, keys: Sequence[str], columns: Columns) -> dict[str, str | None]:
-    """Canonical name -> the column that holds it: the one in `columns`, else the best known one.
-
-    A None in `columns` hides a column.
-    """
-    found = dict(columns)
-    for canonical in schema.names.keys() - columns.keys():
-        if here := _known(schema, canonical, keys, columns):
-            found[canonical] = here[0]
-    return {key: found[key] for key in [*schema.names, *columns] if key in found}
-
-
-def _known(schema: Schema, canonical: str, keys: Sequence[str], columns: Columns) -> list[str]:
-    """The columns that may hold what the schema calls `canonical`, best known first."""
-    names = schema.names[canonical] or (canonical,)
-    return [name for name in names if name in keys and name not in columns.values()]
-
-
-# Where a column under the canonical name itself does not settle it: which responses are meant.
-STRICT = {"chosen", "rejected", "response_a", "response_b", "responses"}
-
-
-def _check_rivals(
-    schema: Schema, found: Columns, columns: Columns, keys: Sequence[str], source: str
-) -> None:
-    """InputError where several columns may hold the same thing."""
-    for canonical in schema.names.keys() - columns.keys():
-        rivals = _known(schema, canonical, keys, columns)
-        if len(rivals) > 1 and (canonical in STRICT or canonical not in rivals):
-            sides = [key for key in schema.names if key in STRICT and key in found]
-            keep = sides if canonical in STRICT else [canonical]
-            ways = [
-                {key: _known(schema, key, keys, columns)[i : i + 1] for key in keep}
-                for i in range(len(rivals))
-            ]
-            shown = " or ".join(
-                f"columns={ {key: here[0] for key, here in way.items() if here} }" for way in ways
-            )
-            raise InputError(
-                f"In {source!r}, {' and '.join(map(repr, rivals))} may both hold what is called "
-                f"{canonical!r} here: pass {shown} to say which does."
-            )
-
-
 def _check_levels(fits: Sequence[_Fit], source: str) -> None:
     """InputError where columns that name the chosen response stand beside two responses with a
     verdict: nothing says that both mean the same."""
-    levels = {fit.schema.level: fit for fit in fits}
-    if PAIRS in levels and CHOICES in levels:
-        pair, choice = levels[PAIRS].columns, levels[CHOICES].columns
+    pairs = [fit.columns for fit in fits if fit.schema.level == PAIRS]
+    choices = [fit for fit in fits if fit.schema.level in (CHOICES, RATED)]
+    if pairs and choices:
+        others = "/".join(repr(choices[0].columns[key]) for key in choices[0].schema.needs)
+        sides = {key: pairs[0][key] for key in ("chosen", "rejected")}
         raise InputError(
-            f"In {source!r}, {pair['chosen']!r}/{pair['rejected']!r} and "
-            f"{choice['response_a']!r}/{choice['response_b']!r} may both hold the responses: pass "
-            f"columns={ {key: pair[key] for key in ('chosen', 'rejected')} } or hide them with "
-            "columns={'chosen': None}."
+            f"In {source!r}, {'/'.join(map(repr, sides.values()))} and {others} may both say which "
+            f"response is the better one: pass columns={sides} to read the first, or "
+            "columns={'chosen': None} for the others."
         )
 
 
-def apply_columns(row: RowDict, columns: Columns) -> RowDict:
-    """The row with its columns under canonical names as well; a None hides one."""
-    out = row | {key: row[name] for key, name in columns.items() if name in row and name != key}
-    out |= {key: name for key, name in columns.items() if isinstance(name, Within)}
-    return {key: value for key, value in out.items() if columns.get(key, "") is not None}
+def _check_refused(
+    schema: Schema, sample: Sequence[RowDict], found: Columns, columns: Columns, source: str
+) -> None:
+    """InputError where the schema does not trust these rows."""
+    if schema.refuse is None:
+        return
+    rows = [row for row in (apply_columns(row, found) for row in sample) if schema.fits(row)]
+    if why := schema.refuse(rows, columns.keys()):
+        raise InputError(f"In {source!r}, {why}.")
 
 
 def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
@@ -206,38 +156,39 @@ def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
         yield from schema.gather(readable())
     else:
         for where, row in readable():
-            absent = [key for key in schema.needs if row.get(key) is None]
-            if absent:
-                yield Item(where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}")
+            absent = next((key for key in schema.needs if row.get(key) is None), None)
+            if absent is not None:
+                name = columns.get(absent) or absent
+                yield Item(where, f"{name!r} is {'null' if absent in row else 'missing'}")
+                continue
+            made = schema.convert(row)
+            if isinstance(made, Noted):
+                yield Item(where, made.record, note=made.note)
             else:
-                yield Item(where, schema.convert(row))
+                yield Item(where, made)
     yield from unreadable
-
-
-def check_columns(columns: Columns, keys: Sequence[str], source: str, names: Sequence[str]) -> None:
-    """InputError unless `columns` maps canonical names to columns that the source has."""
-    for canonical, name in columns.items():
-        if canonical not in names:
-            raise InputError(
-                f"columns= cannot map {canonical!r}{nearest(canonical, names)}: it maps "
-                f"{', '.join(names)}."
-            )
-        if name is not None and name not in keys and not isinstance(name, Within):
-            raise InputError(
-                f"columns= takes {canonical!r} from {name!r}, which {source!r} does not have"
-                f"{nearest(name, keys)}: its columns are {', '.join(keys)}."
-            )
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (nearest: {near[0]!r})" if near else ""
 
 
 def _nothing_fits(
     sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], source: str
 ) -> str:
     """What the rows have, what they would need, and a `columns=` where the names suggest one."""
+    for schema in CHOICE_SCHEMAS:
+        found = resolve(schema, keys, columns)
+        if all(found.get(key) is not None for key in schema.needs):
+            why = schema.convert(apply_columns(sample[0], found))
+            if isinstance(why, str):
+                shown = ", ".join(repr(found[key]) for key in schema.needs)
+                return f"In {source!r}, {shown} cannot be read as {schema.name}: {why}."
+    found = resolve(CHOICE_SCHEMAS[0], keys, columns)
+    if all(found.get(key) is not None for key in SIDES):
+        two = " and ".join(repr(found[key]) for key in SIDES)
+        return (
+            f"In {source!r}, {two} look like two responses, but no column says which is better: "
+            "pass columns={'winner': ...} (a text: a, b, tie), {'choice': ...} (the better one's "
+            "index from 0) or {'strength': ...} (below 0: the first is better). Found "
+            f"{', '.join(keys)}."
+        )
     schema = PAIR_SCHEMAS[0]
     found = resolve(schema, keys, columns)
     missing = [key for key in ("chosen", "rejected") if found.get(key) is None]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from prefopt.data.conversations import (
     ASSISTANT,
     HUMAN,
     MARKER,
-    Turns,
+    compare,
     is_open_transcript,
     opened,
-    part,
-    read_messages,
+    read_extra_id,
+    read_prompt,
     read_transcript,
     reply,
 )
-from prefopt.data.records import SPOKEN, Message, Pair
+from prefopt.data.messages import Turns, as_list, message_json
+from prefopt.data.records import Message, Pair
 from prefopt.data.schemas import (
     ABOUT,
     PAIRS,
     PROMPTS,
+    Noted,
     RowDict,
     Schema,
     number,
@@ -31,18 +34,39 @@ from prefopt.data.schemas import (
 
 SIDES = ("chosen", "rejected")
 NEEDED = ("prompt", *SIDES)
+SCORES = ("chosen_score", "rejected_score")
 NAMES = {
-    "prompt": PROMPTS,
-    "chosen": ("chosen", "chosen_response", "response_j"),
-    "rejected": ("rejected", "rejected_response", "response_k"),
+    "prompt": (*PROMPTS, "conversations"),
+    "chosen": (
+        *("chosen", "chosen_response", "response_j", "response_chosen", "chosen_answer"),
+        *("preferred_output", "preferred"),
+    ),
+    "rejected": (
+        *("rejected", "rejected_response", "response_k", "response_rejected", "rejected_answer"),
+        *("non_preferred_output", "dispreferred"),
+    ),
+    "chosen_score": (
+        *("chosen_score", "score_chosen", "chosen-rating", "chosen_rating", "rating_chosen"),
+        "chosen_avg_rating",
+    ),
+    "rejected_score": (
+        *("rejected_score", "score_rejected", "rejected-rating", "rejected_rating"),
+        *("rating_rejected", "rejected_avg_rating"),
+    ),
+    # Both ratings in a list, in an order that is not known.
+    "ratings": ("rating", "ratings"),
+    "status": (),
+    "preference": (),
     **ABOUT,
 }
+TOGETHER = (SIDES, SCORES)
+OTHERWISE = "kept as the columns name them although the scores say the other response is better"
 
 
 # --- one function per schema -------------------------------------------------------------------
 
 
-def from_transcripts(row: RowDict) -> Pair | str:
+def from_transcripts(row: RowDict) -> Pair | Noted | str:
     """HH-RLHF: whole transcripts; the last assistant turn differs, everything before must not."""
     if not strings(row, *SIDES):
         return wrong_type(row, *SIDES)
@@ -57,80 +81,90 @@ def from_transcripts(row: RowDict) -> Pair | str:
     return _pair(row, read_transcript(chosen_context), reply(chosen), reply(rejected))
 
 
-def from_transcript_prompt(row: RowDict) -> Pair | str:
+def from_transcript_prompt(row: RowDict) -> Pair | Noted | str:
     """A transcript that ends in an open assistant turn as prompt, and plain replies to it."""
     if not strings(row, *NEEDED):
         return wrong_type(row, *NEEDED)
-    context, marker, opening = row["prompt"].rpartition(ASSISTANT)
-    if not marker or opening.strip():
+    if not is_open_transcript(row["prompt"]):
         return "the prompt does not end with an open assistant turn"
-    # The space after the marker stands in the prompt or in the reply, according to the file.
-    turns = (lambda text: [Message("assistant", text)]) if opening else reply
-    return _pair(row, read_transcript(context), turns(row["chosen"]), turns(row["rejected"]))
+    read = read_prompt(row["prompt"])
+    if isinstance(read, str):
+        return read
+    turns, answer = read
+    return _pair(row, turns, answer(row["chosen"]), answer(row["rejected"]))
 
 
-def from_strings(row: RowDict) -> Pair | str:
+def from_strings(row: RowDict) -> Pair | Noted | str:
     """Three plain strings, kept exactly: one user turn and one assistant turn each way."""
     if not strings(row, *NEEDED):
         return wrong_type(row, *NEEDED)
     return _pair(
         row,
-        [Message("user", row["prompt"])],
+        read_extra_id(row["prompt"]) or [Message("user", row["prompt"])],
         [Message("assistant", row["chosen"])],
         [Message("assistant", row["rejected"])],
     )
 
 
-def from_messages(row: RowDict) -> Pair | str:
+def from_messages(row: RowDict) -> Pair | Noted | str:
     """Message lists: whole conversations or last turns, with or without a `prompt` column."""
-    sides: list[Turns] = []
-    for key in SIDES:
-        turns = read_messages(row[key], "assistant")
-        if isinstance(turns, str):
-            return turns
-        if not turns or turns[-1].role not in SPOKEN:
-            return "no assistant turn"
-        sides.append(turns)
-    shared = part(*sides)
-    if shared is None:
-        return "contexts differ"
-    given = row.get("prompt")
-    prompt = read_messages(given, "user") if given is not None else []
-    if isinstance(prompt, str):
-        return prompt
-    prompt = _join_prompt(prompt, shared, isinstance(given, str))
-    if isinstance(prompt, str):
-        return prompt
-    return _pair(row, prompt, *(turns[len(shared) :] for turns in sides))
+    sides = compare(row.get("prompt"), row["chosen"], row["rejected"])
+    return sides if isinstance(sides, str) else _pair(row, *sides)
 
 
-def _join_prompt(prompt: Turns, shared: Turns, plain: bool) -> Turns | str:
-    """One prompt from the `prompt` column and the turns that the conversations share."""
-    if not prompt:
-        return shared or "no prompt"
-    if not shared:
-        return prompt
-    if plain:  # a string beside whole conversations repeats one of their turns
-        text = prompt[0].content.strip()
-        repeated = any(m.role == "user" and m.content.strip() == text for m in shared)
-    else:
-        repeated = shared[: len(prompt)] == prompt or shared[-len(prompt) :] == prompt
-    if repeated:
-        return shared
-    if not plain and prompt[-1].role != "user":
-        return prompt + shared
-    return "the prompt column is not in the conversation"
+def from_json_messages(row: RowDict) -> Pair | Noted | str:
+    """Message lists as JSON text."""
+    return from_messages({**row, **{key: message_json(row.get(key)) for key in NEEDED}})
 
 
-def _pair(
-    row: RowDict, prompt: Turns, chosen: Sequence[Message], rejected: Sequence[Message]
-) -> Pair | str:
-    """Add system turn, margin and source."""
-    turns = opened(prompt, row.get("system"))
+# --- what stands beside the two responses ------------------------------------------------------
+
+
+class _Gap(NamedTuple):
+    """By how much the chosen response is the better one, and with which probability."""
+
+    margin: float | None
+    preference: float = 1.0
+    note: str | None = None
+
+
+def _pair(row: RowDict, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair | Noted | str:
+    """Add system turn, tools, margin, source, and whether it is a tie."""
+    turns = opened(prompt, row.get("system"), row.get("tools"))
     if isinstance(turns, str):
         return turns
-    margin = number(row.get("margin"))
-    return Pair(turns, list(chosen), list(rejected), margin, source_of(row))
+    gap = _gap(row)
+    pair = Pair(turns, chosen, rejected, gap.margin, source_of(row), preference=gap.preference)
+    return Noted(pair, gap.note) if gap.note else pair
+
+
+def _gap(row: RowDict) -> _Gap:
+    margin = _margin(row)
+    preference = number(row.get("preference"))
+    if preference is not None and 0 <= preference <= 1:
+        return _Gap(margin, preference, OTHERWISE if preference < 0.5 else None)
+    if margin == 0 or row.get("status") == "tie":
+        return _Gap(margin, 0.5)
+    return _Gap(margin, 1.0, OTHERWISE if margin is not None and margin < 0 else None)
+
+
+def _margin(row: RowDict) -> float | None:
+    """The chosen response's score less the other's, as far as the row says."""
+    if (margin := number(row.get("margin"))) is not None:
+        return margin
+    chosen, rejected = (number(row.get(key)) for key in SCORES)
+    if chosen is not None and rejected is not None:
+        return chosen - rejected
+    ratings = as_list(row.get("ratings"))
+    if not isinstance(ratings, list) or len(ratings) != 2:
+        return None
+    first, second = map(number, ratings)
+    if first is None or second is None:
+        return None
+    if first == second:
+        return 0.0
+    # Which of them is the chosen one's, its own score says.
+    return chosen - (second if chosen == first else first) if chosen in (first, second) else None
 
 
 # --- which rows they read ----------------------------------------------------------------------
@@ -145,6 +179,17 @@ def _is_transcript(row: RowDict) -> bool:
     return all(MARKER.match(row[key]) for key in SIDES) and _has_markers(row)
 
 
+def _is_json(row: RowDict) -> bool:
+    return strings(row, *SIDES) and all(isinstance(message_json(row[k]), list) for k in SIDES)
+
+
+def _are_messages(row: RowDict) -> bool:
+    kinds: Any = list | Mapping
+    return all(isinstance(row.get(key), kinds | str) for key in SIDES) and any(
+        isinstance(row.get(key), kinds) for key in NEEDED
+    )
+
+
 PAIR_SCHEMAS: list[Schema] = [
     Schema(
         "transcripts",
@@ -155,9 +200,10 @@ PAIR_SCHEMAS: list[Schema] = [
         "the last '\\n\\nAssistant:'",
         lambda row: (
             strings(row, *SIDES)
-            and (_is_transcript(row) or ("prompt" not in row and _has_markers(row)))
+            and (_is_transcript(row) or (row.get("prompt") is None and _has_markers(row)))
         ),
         from_transcripts,
+        together=TOGETHER,
     ),
     Schema(
         "transcript prompt",
@@ -169,6 +215,7 @@ PAIR_SCHEMAS: list[Schema] = [
             strings(row, *NEEDED) and not _is_transcript(row) and is_open_transcript(row["prompt"])
         ),
         from_transcript_prompt,
+        together=TOGETHER,
     ),
     Schema(
         "plain strings",
@@ -180,8 +227,10 @@ PAIR_SCHEMAS: list[Schema] = [
             strings(row, *NEEDED)
             and not _is_transcript(row)
             and not is_open_transcript(row["prompt"])
+            and not _is_json(row)
         ),
         from_strings,
+        together=TOGETHER,
     ),
     Schema(
         "messages",
@@ -189,10 +238,19 @@ PAIR_SCHEMAS: list[Schema] = [
         NAMES,
         SIDES,
         "message lists; the prompt is the turns that both conversations share, or its own column",
-        lambda row: (
-            all(isinstance(row.get(key), list | str) for key in SIDES)
-            and any(isinstance(row.get(key), list) for key in NEEDED)
-        ),
+        _are_messages,
         from_messages,
+        together=TOGETHER,
+    ),
+    Schema(
+        "messages as JSON",
+        PAIRS,
+        NAMES,
+        SIDES,
+        "message lists in JSON text; the prompt is the turns that both conversations share, or its "
+        "own column",
+        _is_json,
+        from_json_messages,
+        together=TOGETHER,
     ),
 ]

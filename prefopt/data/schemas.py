@@ -11,7 +11,7 @@ out which column is which.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefopt.data.files import Row
@@ -19,14 +19,21 @@ from prefopt.data.records import Candidates, Pair
 
 RowDict = dict[str, Any]
 
-# Levels: where rows have several of these shapes, the first is meant.
-PAIRS, CHOICES, LISTS, TREES, SCORED, LABELLED = 2, 5, 6, 7, 8, 9
+# Levels: where rows have several of these shapes, the first is meant. CHOICES have a verdict beside
+# two responses, RATED only a score for each.
+PAIRS, CHOICES, RATED, LISTS, TREES, SCORED, LABELLED = range(7)
 
 # Canonical name -> what it is called elsewhere, best known first. Of one schema only.
 Names = Mapping[str, tuple[str, ...]]
 
 PROMPTS = ("prompt", "instruction", "question", "input", "history", "context", "query")
-ABOUT: Names = {"system": ("system", "system_prompt"), "margin": (), "source": (), "tools": ()}
+ABOUT: Names = {
+    "input": (),  # stands below an `instruction`
+    "system": ("system", "system_prompt"),
+    "margin": (),
+    "source": (),
+    "tools": (),
+}
 
 
 class Within(str):
@@ -41,6 +48,14 @@ class Item(NamedTuple):
     where: str
     record: Pair | Candidates | list[Candidates] | str
     rows: int = 1
+    note: str | None = None  # a fact about a row that drops nothing; the report counts them
+
+
+class Noted(NamedTuple):
+    """A record that a row makes, and the note for its `Item`."""
+
+    record: Pair | Candidates
+    note: str
 
 
 class Schema(NamedTuple):
@@ -49,7 +64,9 @@ class Schema(NamedTuple):
     `level`: where two shapes fit, the one with the lower level is meant; of two with the same it is
     not known. `names`: canonical names that it reads, and what they may be called; `needs`: those
     that it cannot do without. `gather`, of shapes in which several rows make one record: turns all
-    rows into items (then `convert` is not called).
+    rows into items (then `convert` is not called). `together`: canonical names whose columns are
+    called alike, so that only the n-th names of all of them go together. `refuse` says why rows of
+    this shape are not to be read: of a sample, and the canonical names that `columns` settles.
     """
 
     name: str
@@ -58,8 +75,10 @@ class Schema(NamedTuple):
     needs: tuple[str, ...]
     how: str  # one clause for the report: where prompt and responses come from
     fits: Callable[[RowDict], bool]
-    convert: Callable[[RowDict], Any]  # a record, or why the row is dropped
+    convert: Callable[[RowDict], Any]  # a record, a Noted one, or why the row is dropped
     gather: Callable[[Iterator[Row]], Iterator[Item]] | None = None
+    together: tuple[tuple[str, ...], ...] = ()
+    refuse: Callable[[Sequence[RowDict], Collection[str]], str | None] | None = None
 
 
 # --- shared by the schemas ---------------------------------------------------------------------
@@ -78,7 +97,7 @@ def number(value: Any) -> float | None:
     """A finite number (no bool), or a text that is one, as float."""
     if isinstance(value, str):
         try:
-            value = float(value)
+            value = float(value) if len(value) < 400 else None
         except ValueError:
             return None
     usable = isinstance(value, int | float) and not isinstance(value, bool)

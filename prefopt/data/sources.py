@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -80,8 +80,12 @@ def read_items(
     split: str | None,
     columns: Columns | None,
     schemas: Sequence[Schema] = SCHEMAS,
+    unfit: Callable[..., str] | None = None,
 ) -> tuple[DataReport, Iterator[Item]]:
-    """How the rows of a source are read, and what each is made into, before any is left out."""
+    """How the rows of a source are read, and what each is made into, before any is left out.
+
+    `schemas` and `unfit` as in `detect`.
+    """
     held = isinstance(source, Sequence) and len(source) and not isinstance(source, str)
     if held and isinstance(source[0], RECORDS):
         kind = type(source[0]).__name__
@@ -89,14 +93,14 @@ def read_items(
         return report, (Item(f"[{i}]", _checked(item)) for i, item in enumerate(source))
     name, rows = open_rows(source, split)
     sample = list(islice(rows, SAMPLE))
-    decision = detect([row for _, row in sample], dict(columns or {}), name, schemas)
+    decision = detect([row for _, row in sample], dict(columns or {}), name, schemas, unfit)
     report = DataReport(name, decision.schema.name, decision.reason)
     return report, converted(chain(sample, rows), decision)
 
 
 def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) -> Preferences:
     """Spool what is usable, count what is not; InputError if nothing is left."""
-    out, left_out, half_empty = Preferences(report), Counter[str](), 0
+    out, left_out, noted, half_empty = Preferences(report), Counter[str](), Counter[str](), 0
     for item, choices, reasons in pair_items(items, **policy):
         if not choices:
             reason = reasons.most_common(1)[0][0] if reasons else "no comparison"
@@ -106,8 +110,10 @@ def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) 
         pairs = [choice.pair for choice in choices]
         if out.take(item.where, [_fields(pair) for pair in pairs], item.rows):
             half_empty += sum(not (said(p.chosen) and said(p.rejected)) for p in pairs)
+            noted.update([item.note] if item.note else [])
     for reason, count in left_out.items():
         report.notes.append(f"comparisons left out of rows that make others, {reason}: {count:,}")
+    report.notes += [f"{note}: {count:,}" for note, count in noted.items()]
     if half_empty:
         report.notes.append(f"kept although one response is empty: {half_empty:,}")
     if set(report.dropped) == {"identical"} and not report.kept:
