@@ -24,7 +24,14 @@ Command = Callable[..., int]
 BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force", "wpo")
 # Parameters that stand for many flags.
 GROUPS = {"setup": Setup, "config": TrainConfig, "sampling": Sampling, "reading": Reading}
-SUBJECT = {"report": "--run", "eval": "--model", "merge": "--model"}  # `prefopt report runs/hh`
+SUBJECT = {  # what a first word without a flag is: `prefopt report runs/hh`
+    "report": "--run",
+    "eval": "--model",
+    "merge": "--model",
+    "data inspect": "--data",
+    "data doctor": "--data",
+    "data pairs": "--data",
+}
 COMMANDS: dict[str, Command] = {
     "sft": train_commands.sft,
     "reward": train_commands.reward,
@@ -84,8 +91,10 @@ def arranged(argv: Sequence[str]) -> list[str]:
     """--config first, so that flags win over it wherever they stand; a bare run folder as --run;
     --loss.gamma as an option of the loss."""
     args = [re.sub(r"^--loss\.", "--loss_options.", word) for word in argv]
-    if len(args) > 1 and args[0] in SUBJECT and not args[1].startswith("-"):
-        args.insert(1, SUBJECT[args[0]])
+    size = 2 if args[:1] and args[0] in FAMILIES else 1
+    subject = SUBJECT.get(" ".join(args[:size]))
+    if subject and len(args) > size and not args[size].startswith("-"):
+        args.insert(size, subject)
     start = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
     files, rest, words = [], [], iter(args[start:])
     for word in words:

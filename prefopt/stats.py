@@ -162,7 +162,18 @@ def preference_evaluation(
     items: Sequence[Encoded],
     metrics: dict[str, float],
 ) -> Evaluation:
-    """Of n pairs: their `preference_summary`, over all and, where there are several, per source."""
+    """Of n pairs: their `preference_summary`, over all and, where there are several, per source.
+
+    Ties in the data, which no order is right for, are left out of it and counted (unless there is
+    nothing else).
+    """
+    decided = np.array([item.preference != 0.5 for item in items])
+    tied = len(items) - int(decided.sum())
+    if 0 < tied < len(items):
+        items = [item for item, kept in zip(items, decided, strict=True) if kept]
+        margins, lengths_chosen, lengths_rejected = (
+            x[decided] for x in (margins, lengths_chosen, lengths_rejected)
+        )
     prompts = np.unique(
         np.array([item.prompt.tobytes() for item in items], dtype=object), return_inverse=True
     )[1]
@@ -175,6 +186,8 @@ def preference_evaluation(
         )
 
     whole = summary(np.ones(len(items), dtype=bool)) | {"calibration": calibration(margins)}
+    if tied:
+        whole["tied_in_data"] = tied
     if len(sources) > 1:
         whole["sources"] = {name or "no source": summary(names == name) for name in sources}
         for name, part in whole["sources"].items():

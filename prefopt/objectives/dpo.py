@@ -31,6 +31,9 @@ class DPO:
     named loss. divergence (with alpha): what keeps policy and reference together, in place of the
     reverse KL (f-DPO). ld_alpha: weight of the tokens by which one response of a pair is longer
     (LD-DPO). wpo: weights pairs by how probable the policy finds them (WPO).
+
+    A pair of which the chosen response is the better one with probability p (`Pair.preference`)
+    has the loss p L(chosen, rejected) + (1 - p) L(rejected, chosen).
     """
 
     needs_reference: bool
@@ -74,18 +77,24 @@ class DPO:
 
     def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
         encoded = encode_pairs(data, tokenizer, max_length=max_length, template=template)
-        self._check_weights(item.weight for item in encoded)
+        self._check_whole_batch(encoded)
         return encoded
 
-    def _check_weights(self, weights: Iterable[float]) -> None:
-        if self.whole_batch and any(weight != 1 for weight in weights):
-            raise InputError(f"loss {self.name!r} sorts pairs, which therefore have no weights")
+    def _check_whole_batch(self, items: Iterable[Encoded]) -> None:
+        if not self.whole_batch:
+            return
+        for item in items:
+            if item.weight != 1:
+                raise InputError(f"loss {self.name!r} sorts pairs, which therefore have no weights")
+            if item.preference != 1:
+                raise InputError(f"loss {self.name!r} sorts pairs: drop ties, or take another loss")
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of the losses of B pairs, B, sums over the pairs of what TRL logs as means)."""
         pairs, weights = self.read(policy, batch)
-        losses = self.losses(pairs) * weights
-        return losses.sum(), len(losses), {k: v.sum() for k, v in self.metrics(pairs).items()}
+        losses = self.losses(pairs, batch.preferences) * weights
+        sums = {k: v.sum() for k, v in self.metrics(pairs, batch.preferences).items()}
+        return losses.sum(), len(losses), sums
 
     def read(self, policy, batch: Batch) -> tuple[PairLogps, Tensor]:
         """(summed log-probs of the pairs under policy and reference, weights of the pairs [B])."""
@@ -97,7 +106,7 @@ class DPO:
         ids, r = batch.response_ids, batch.num_responses
         if r != 2 * batch.num_groups:
             raise InputError(f"{r} responses to {batch.num_groups} prompts are not pairs")
-        self._check_weights(item.weight for item in batch.encoded)
+        self._check_whole_batch(batch.encoded)
         if batch.weights is None:
             weights = torch.ones(r // 2, device=ids.device)
         else:
@@ -121,8 +130,8 @@ class DPO:
             return sequence_logprobs(logprobs, ids, r)
         return desensitised(logprobs, ids, r, alpha=self.ld_alpha)
 
-    def losses(self, pairs: PairLogps) -> Tensor:
-        """Loss of each pair, [B]."""
+    def losses(self, pairs: PairLogps, preferences: Tensor | None = None) -> Tensor:
+        """Loss of each pair, [B]; preferences [B], or None where all are 1."""
         if self.divergence["kind"] != "reverse_kl":
             pairs = f_divergence(pairs, **self.divergence)
         losses = self.loss(pairs)
@@ -131,7 +140,9 @@ class DPO:
                 f"loss {self.name!r} returned shape {tuple(losses.shape)} for "
                 f"{len(pairs.chosen)} pairs; it must return one number per pair"
             )
-        return losses
+        if preferences is None:
+            return losses
+        return preferences * losses + (1 - preferences) * self.loss(_swapped(pairs))
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of chosen and rejected, [B] each: beta * (log pi - log ref), per token
@@ -142,22 +153,26 @@ class DPO:
         return self.beta * chosen, self.beta * rejected
 
     @torch.no_grad()
-    def metrics(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Per pair, [B], under TRL's names."""
+    def metrics(self, pairs: PairLogps, preferences: Tensor | None = None) -> dict[str, Tensor]:
+        """Per pair, [B], under TRL's names; a tie is half right however it is ordered."""
         chosen, rejected = self.rewards(pairs)
+        right = (chosen > rejected).float()
+        if preferences is not None:
+            right = preferences * right + (1 - preferences) * (rejected > chosen).float()
         return {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/accuracies": right,
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
 
     def evaluation(self, pairs: PairLogps, weights: Tensor, items: Sequence[Encoded]) -> Evaluation:
         """Of all held-out pairs at once, so that no loss depends on how they were batched."""
-        columns = self.metrics(pairs) | {
-            "loss": self.losses(pairs) * weights,
+        preferences = torch.tensor([item.preference for item in items])
+        columns = self.metrics(pairs, preferences) | {
+            "loss": self.losses(pairs, preferences) * weights,
             "logps/accuracies": (pairs.chosen > pairs.rejected).float(),
         }
         metrics = {k: v.double().mean().item() for k, v in columns.items()}
@@ -181,6 +196,12 @@ class DPO:
         sizes = [len(read.chosen) for read in reads]
         parts = zip(*(x.detach().split(sizes) for x in (losses, *by_logp)), strict=True)
         return _Linear(self, iter(parts))
+
+
+def _swapped(p: PairLogps) -> PairLogps:
+    return PairLogps(
+        p.rejected, p.chosen, p.ref_rejected, p.ref_chosen, p.rejected_len, p.chosen_len
+    )
 
 
 class _Linear:

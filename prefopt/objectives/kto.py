@@ -99,7 +99,7 @@ class KTO:
     def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
         """Each group gets the first response to the next other prompt as its BASELINE, cut to fit.
 
-        InputError where there is only one prompt.
+        InputError where there is only one prompt, and for pairs that are ties.
         """
         encode = encode_feedback if isinstance(data[0], Feedback) else encode_pairs
         encoded = encode(data, tokenizer, max_length=max_length, template=template)
@@ -107,6 +107,8 @@ class KTO:
 
         def items() -> Iterator[Encoded]:
             for item, at in zip(encoded, next_prompts(encoded), strict=True):
+                if item.preference != 1:
+                    raise InputError("kto wants to know which response is good: drop the ties")
                 made = with_baseline(item, encoded[at], max_length)
                 labels.update(made.labels)
                 yield made

@@ -61,9 +61,9 @@ class Reward:
         """(sum of the losses of G groups, G, sums over the groups of what TRL logs as means)."""
         read, weights = self.read(policy, batch)
         sizes = [len(item.responses) for item in batch.encoded]
-        losses = self.losses(read.scores, sizes, batch.margins)
+        losses = self.losses(read.scores, sizes, batch.margins, batch.preferences)
         weights = weights[_starts(sizes, weights.device)]
-        sums = {k: v.sum() for k, v in self.metrics(read.scores, sizes).items()}
+        sums = {k: v.sum() for k, v in self.metrics(read.scores, sizes, batch.preferences).items()}
         return (losses * weights).sum(), len(losses), sums
 
     def read(self, policy, batch: Batch) -> tuple[Scored, Tensor]:
@@ -77,11 +77,18 @@ class Reward:
         weights = torch.ones_like(scores) if batch.weights is None else batch.weights
         return Scored(scores, lengths), weights.detach()
 
-    def losses(self, scores: Tensor, sizes: Sequence[int], margins: Tensor | None) -> Tensor:
-        """Loss of each group, [G]; sizes and margins are of the groups."""
+    def losses(
+        self,
+        scores: Tensor,
+        sizes: Sequence[int],
+        margins: Tensor | None,
+        preferences: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each group, [G]; sizes, margins and preferences are of the groups."""
         margins = None if margins is None or not self.margin else self.margin * margins
         if all(size == 2 for size in sizes):
-            return bradley_terry(scores[::2], scores[1::2], margin=margins, center=self.center)
+            about = {"margin": margins, "preference": preferences, "center": self.center}
+            return bradley_terry(scores[::2], scores[1::2], **about)
         if margins is not None:
             raise InputError("margins are of pairs, and a prompt has more than two responses")
         return plackett_luce(
@@ -89,11 +96,14 @@ class Reward:
         )
 
     @torch.no_grad()
-    def metrics(self, scores: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
+    def metrics(
+        self, scores: Tensor, sizes: Sequence[int], preferences: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Per group, [G]: least, mean and greatest score of its responses; over its ordered pairs
         the mean score of the better and of the worse response, of their difference, and the share
-        in which the better one scores higher. `min_reward` is thus the mean of the groups' least
-        scores, where TRL has the least of a whole batch, which depends on the size of that."""
+        in which the better one scores higher (a tie in the data is half right). `min_reward` is
+        thus the mean of the groups' least scores, where TRL has the least of a whole batch, which
+        depends on the size of that."""
         better, worse, owner = (x.to(scores.device) for x in _ordered_pairs(sizes))
         groups, empty = _groups(sizes).to(scores.device), scores.new_zeros(len(sizes))
 
@@ -102,6 +112,9 @@ class Reward:
 
         chosen, rejected = scores[better], scores[worse]
         right, margin = over(owner, (chosen > rejected).to(scores)), over(owner, chosen - rejected)
+        if preferences is not None:  # of pairs
+            other = over(owner, (rejected > chosen).to(scores))
+            right = preferences * right + (1 - preferences) * other
         return {
             "min_reward": over(groups, scores, "amin"),
             "mean_reward": over(groups, scores),
@@ -119,8 +132,9 @@ class Reward:
         sizes = [len(item.responses) for item in items]
         known = [item.margin for item in items]
         margins = torch.tensor([m or 0.0 for m in known]) if any(known) else None
-        losses = self.losses(read.scores, sizes, margins)
-        columns = self.metrics(read.scores, sizes)
+        preferences = torch.tensor([item.preference for item in items])
+        losses = self.losses(read.scores, sizes, margins, preferences)
+        columns = self.metrics(read.scores, sizes, preferences)
         columns["loss"] = losses * weights[_starts(sizes, weights.device)]
         metrics = {k: v.double().mean().item() for k, v in columns.items()}
         better, worse, owner = _ordered_pairs(sizes)
