@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,42 +80,37 @@ def quiet_transformers() -> None:
 
 def pairs_or_rankings(source: Any, **options: Any) -> Any:
     """For reward models; pairs keep their margins."""
-    from prefopt.data.rankings import RESPONSES, load_rankings
+    from prefopt.data.rankings import load_rankings
+    from prefopt.data.schemas import LISTS
 
-    return _pairs_or(load_rankings, set(RESPONSES), source, options)
+    return _pairs_or(load_rankings, LISTS, source, options)
 
 
 def pairs_or_dialogues(source: Any, **options: Any) -> Any:
     """For a language model, whatever it was trained on."""
     from prefopt.data.dialogues import load_dialogues
+    from prefopt.data.schemas import SCORED
 
-    return _pairs_or(load_dialogues, None, source, options)
+    return _pairs_or(load_dialogues, SCORED, source, options)
 
 
 def pairs_or_feedback(source: Any, **options: Any) -> Any:
     """For KTO."""
     from prefopt.data.feedback import load_feedback
+    from prefopt.data.schemas import LABELLED
 
-    return _pairs_or(load_feedback, {"label"}, source, options)
+    return _pairs_or(load_feedback, LABELLED, source, options)
 
 
-def _pairs_or(
-    load: Callable[..., Any], marks: set[str] | None, source: Any, options: dict[str, Any]
-) -> Any:
-    """Pairs where the columns say which response was chosen; else what ``load`` makes of the rows
-    if they have one of the columns ``marks`` (None: in any case)."""
-    from prefopt.data.detect import SAMPLE
-    from prefopt.data.files import open_rows
-    from prefopt.data.rankings import RANKED_COLUMNS
-    from prefopt.data.sources import load_preferences
+def _pairs_or(load: Callable[..., Any], level: int, source: Any, options: dict[str, Any]) -> Any:
+    """Pairs of rows whose schema is below ``level``; of others what ``load`` makes."""
+    from prefopt.data.sources import level_of, load_preferences
 
-    columns = options.get("columns") or {}
-    _, rows = open_rows(source, options.get("split"))
-    names = {*columns, *(key for _, row in islice(rows, SAMPLE) for key in row)}
-    pairs = any(set(two) <= names for two in RANKED_COLUMNS)
-    if pairs or not (marks is None or marks & names):
+    split, columns = options.get("split"), options.get("columns")
+    found = level_of(source, split, columns)
+    if found is not None and found < level:
         return load_preferences(source, **options)
-    return load(source, split=options.get("split"), columns=options.get("columns"))
+    return load(source, split=split, columns=columns)
 
 
 def reference_of(model: str, reference: str | None, policy: Policy, dtype: str, device: str):

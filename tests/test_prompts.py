@@ -92,7 +92,7 @@ def test_what_cannot_be_answered_is_counted():
     assert report.dropped == {
         "the prompt is empty": 2,
         "'prompt' is null": 1,
-        "a conversation is int, not a list of messages": 1,
+        "the prompt is int, not text or messages": 1,
         "unknown role 'wizard'": 1,
         "the prompt ends with an assistant turn": 1,
         "text that is not valid Unicode (half a surrogate pair)": 1,

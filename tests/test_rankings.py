@@ -83,17 +83,18 @@ def test_equal_and_repeated_responses_are_left_out_and_counted():
     ("change", "reason"),
     [
         ({"responses": "a"}, "the responses are str, not a list"),
-        ({"responses": None}, "the responses are NoneType, not a list"),
+        ({"responses": None}, "'responses' is null"),
         ({"scores": [1]}, "not as many scores or ranks as responses"),
-        ({"scores": [1, "2"]}, "a score or rank is no number"),
-        ({"scores": [1, float("nan")]}, "a score or rank is no number"),
-        ({"scores": [1, True]}, "a score or rank is no number"),
-        ({"scores": None}, "no scores or ranks"),
+        ({"scores": [1, "N/A"]}, "fewer than two responses that differ in text and in rank"),
+        ({"scores": [1, float("nan")]}, "fewer than two responses that differ in text and in rank"),
+        ({"scores": [1, True]}, "fewer than two responses that differ in text and in rank"),
+        ({"scores": [None, "?"]}, "no scores or ranks"),
+        ({"scores": None}, "'scores' is null"),
         ({"scores": 3}, "the scores or ranks are int, not a list"),
         ({"responses": ["a", 1]}, "a response is int, not text or messages"),
         ({"responses": ["a", {"score": 1}]}, "a response is NoneType, not text or messages"),
         ({"responses": ["a", [{"role": "user", "content": "b"}]]}, "no assistant turn"),
-        ({"prompt": None}, "the prompt is NoneType, not text or messages"),
+        ({"prompt": None}, "'prompt' is null"),
         ({"prompt": []}, "no prompt"),
         (
             {"prompt": [{"role": "assistant", "content": "I"}]},
@@ -129,16 +130,19 @@ def test_preference_rows_and_records_are_rankings_of_two(hh_path, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([{"prompt": "p", "text": "a"}], {}, "lack 'responses'"),
-        ([{"responses": ["a", "b"], "question": "p"}], {}, "lack 'prompt'"),
-        ([{"prompt": "p", "responses": [], "answers": []}], {}, "may all hold the responses"),
+        ([{"prompt": "p", "text": "a"}], {}, "or a list of responses with scores or ranks"),
+        ([{"responses": ["a", "b"], "ask": "p"}], {}, "no column holds the prompt"),
+        ([{"prompt": "p", "responses": [], "answers": [], "ranks": []}], {},
+         "'responses' and 'answers' may both hold what is called 'responses'"),
         ([{"prompt": "p", "responses": [], "scores": [], "rank": []}], {}, "hide one"),
         ([{"prompt": "p", "responses": []}], {"responses": "respones"}, "nearest: 'responses'"),
         ([{"prompt": "p", "responses": []}], {"answer": "responses"}, "cannot map 'answer'"),
-        ([{"prompt": "p", "responses": ["a"]}], {}, "No usable ranking among the 1 rows"),
+        ([{"prompt": "p", "responses": ["a", "b"]}], {}, "says which response is better"),
+        ([{"prompt": "p", "responses": ["a"], "scores": [1]}], {},
+         "No usable ranking among the 1 rows"),
         ([Ranking([], [answer("a"), answer("b")])], {}, "no prompt"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_read_says_why(rows, columns, message):
     with pytest.raises(InputError, match=message):
         load_rankings(rows, columns=columns)

@@ -163,16 +163,19 @@ def opened(prompt: Turns, system: Any = None, tools: Any = None) -> Turns | str:
         return "no prompt"
     if prompt[-1].role in SPOKEN:
         return "the prompt ends with an assistant turn"
-    roles = [message.role for message in prompt[:2]]
+    return introduced(prompt, system, tools)
+
+
+def introduced(turns: Turns, system: Any = None, tools: Any = None) -> Turns | str:
+    """A conversation behind its tools and its system turn."""
+    roles = [message.role for message in turns[:2]]
     if isinstance(system, str) and system and not {"system", "developer"} & set(roles):
-        at = 1 if roles[0] == "tools" else 0
-        prompt = [*prompt[:at], Message("system", system), *prompt[at:]]
-    if tools is not None and roles[0] != "tools":
-        turns = read_tools(tools)
-        if isinstance(turns, str):
-            return turns
-        prompt = turns + prompt
-    return prompt
+        at = 1 if roles[:1] == ["tools"] else 0
+        turns = [*turns[:at], Message("system", system), *turns[at:]]
+    if tools is None or roles[:1] == ["tools"]:
+        return turns
+    first = read_tools(tools)
+    return first if isinstance(first, str) else first + turns
 
 
 def read_extra_id(text: str) -> Turns | None:

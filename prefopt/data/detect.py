@@ -55,7 +55,8 @@ def detect(
     """Which schema reads these rows, by vote over the sample (the first rows of source `name`).
 
     Only schemas that read all that `columns` names count. Of those that read at least half as many
-    rows as any does, the ones of the lowest level count, and of these the one that reads most.
+    rows as any does, some of them the same, the ones of the lowest level count, and of these the
+    one that reads most.
     `unfit` says of (sample, columns, keys, name) what is missing where no schema fits any row.
     Raises InputError for that, when `columns` names what is not there, when the names leave open
     which columns are meant, and when another schema reads as many rows, but not the same ones.
@@ -70,7 +71,8 @@ def detect(
     if not fits:
         raise InputError((unfit or _nothing_fits)(sample, columns, keys, name))
     most = max(fit.votes for fit in fits)
-    fits = [fit for fit in fits if 2 * fit.votes >= most]
+    widest = frozenset[int]().union(*(fit.read for fit in fits if fit.votes == most))
+    fits = [fit for fit in fits if 2 * fit.votes >= most and fit.read & widest]
     _check_levels(fits, name)
     lowest = min(fit.schema.level for fit in fits)
     every, fits = fits, [fit for fit in fits if fit.schema.level == lowest]
@@ -135,7 +137,7 @@ def _check_refused(
     """InputError where the schema does not trust these rows."""
     if schema.refuse is None:
         return
-    rows = [row for row in (apply_columns(row, found) for row in sample) if schema.fits(row)]
+    rows = [apply_columns(row, found) for row in sample]
     if why := schema.refuse(rows, columns.keys()):
         raise InputError(f"In {source!r}, {why}.")
 
@@ -188,6 +190,16 @@ def _nothing_fits(
             "pass columns={'winner': ...} (a text: a, b, tie), {'choice': ...} (the better one's "
             "index from 0) or {'strength': ...} (below 0: the first is better). Found "
             f"{', '.join(keys)}."
+        )
+    found = resolve(LIST_SCHEMAS[0], keys, columns)
+    if any(isinstance(row.get(found.get("responses") or ""), list) for row in sample):
+        lacks, ways = "no column holds the prompt", "{'prompt': ...}"
+        if found.get("prompt") is not None:
+            lacks = "neither it nor another column says which response is better"
+            ways = "{'scores': ...} (more is better) or {'ranks': ...} (the smallest is the best)"
+        return (
+            f"In {source!r}, {found['responses']!r} is a list, of responses perhaps, but {lacks}: "
+            f"pass columns={ways}. Found {', '.join(keys)}."
         )
     schema = PAIR_SCHEMAS[0]
     found = resolve(schema, keys, columns)

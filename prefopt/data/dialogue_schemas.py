@@ -1,53 +1,30 @@
 """The shapes that rows of conversations and plain text come in, and how each becomes a `Dialogue`.
 
-As in schemas.py, a shape is a `Schema`; here the first of `DIALOGUES` that fits a row is the row's.
+As in schemas.py, a shape is a `Schema`; of preferences, in any shape, the chosen response is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from prefopt.data.conversations import ASSISTANT, MARKER, read_messages, read_transcript
-from prefopt.data.detect import Columns
-from prefopt.data.files import Row
-from prefopt.data.pair_schemas import PAIR_SCHEMAS
-from prefopt.data.records import Dialogue, Message, Pair
-from prefopt.data.schemas import RowDict
-
-NAMES = (
-    *("messages", "conversations", "prompt", "completion", "response"),
-    *("instruction", "input", "output", "text", "chosen", "rejected", "system", "source"),
+from prefopt.data.conversations import (
+    ASSISTANT,
+    MARKER,
+    introduced,
+    read_prompt,
+    read_response,
+    read_transcript,
 )
+from prefopt.data.detect import SCHEMAS
+from prefopt.data.messages import read_messages
+from prefopt.data.records import Candidates, Dialogue, Message, Pair
+from prefopt.data.schemas import RowDict, Schema, source_of
 
-
-class Shape(NamedTuple):
-    """One shape of rows."""
-
-    name: str
-    needs: tuple[str, ...]
-    how: str
-    fits: Callable[[RowDict], bool]
-    convert: Callable[[RowDict], Any]
-
-
-def convert_rows(
-    rows: Iterator[Row], shape: Shape, columns: Columns, names: Sequence[str]
-) -> Iterator[tuple[str, Any]]:
-    """(position, the record that `shape` makes of the row, or why it makes none) of every row."""
-    for where, row in rows:
-        row = only_columns(row, columns, names) if columns else row
-        absent = [key for key in shape.needs if row.get(key) is None]
-        if absent:
-            yield where, f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}"
-        else:
-            yield where, shape.convert(row)
-
-
-def only_columns(row: RowDict, columns: Columns, names: Sequence[str]) -> RowDict:
-    """The row under canonical names; only canonical columns survive. A None hides a column."""
-    out = {key: row[key] for key in names if key in row and key not in columns}
-    return out | {key: row[name] for key, name in columns.items() if name in row}
+# Levels, beside those of preferences: a formatted `text` beside the columns it was made of, say.
+CONVERSATION, ANSWERED, INSTRUCTED, TEXT = -3, -2, -1, 20
+ABOUT = ("system", "source", "tools")
 
 
 # --- one function per shape --------------------------------------------------------------------
@@ -62,17 +39,14 @@ def from_messages(row: RowDict, column: str) -> Dialogue | str:
 
 def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
     """A prompt and the answer to it, each a text or a message list."""
-    prompt, reply = row["prompt"], row[answer]
-    if isinstance(prompt, str) and isinstance(reply, str) and MARKER.match(prompt):
-        context, marker, opening = prompt.rpartition(ASSISTANT)
-        if marker and not opening.strip():  # the space after the marker is the marker's
-            reply = reply if opening else reply.removeprefix(" ")
-            turns = read_transcript(context)
-            return _dialogue(row, [*turns, Message("assistant", reply)], len(turns))
-    asked, answered = read_messages(prompt, "user"), read_messages(reply, "assistant")
-    if isinstance(asked, str) or isinstance(answered, str):
-        return asked if isinstance(asked, str) else str(answered)
-    return _dialogue(row, asked + answered, len(asked))
+    asked = read_prompt(row["prompt"], row.get("system"), row.get("tools"))
+    if isinstance(asked, str):
+        return asked
+    prompt, reply = asked
+    turns = read_response(row[answer], reply)
+    if isinstance(turns, str):
+        return turns
+    return Dialogue(prompt + turns, None, source_of(row), context=len(prompt))
 
 
 def from_instruction(row: RowDict, answer: str) -> Dialogue | str:
@@ -89,7 +63,7 @@ def from_text(row: RowDict) -> Dialogue | str:
     """Plain text, without speakers."""
     if not isinstance(row["text"], str):
         return f"'text' is {type(row['text']).__name__}, not text"
-    return Dialogue([], row["text"], _source(row))
+    return Dialogue([], row["text"], source_of(row))
 
 
 def from_text_transcript(row: RowDict) -> Dialogue | str:
@@ -99,25 +73,30 @@ def from_text_transcript(row: RowDict) -> Dialogue | str:
     return _dialogue(row, read_transcript(row["text"]) if ASSISTANT in row["text"] else [])
 
 
-def from_pair(pair: Pair | str) -> Dialogue | str:
+def from_pair(pair: Pair) -> Dialogue:
     """The conversation that was preferred."""
-    if isinstance(pair, str):
-        return pair
     turns, given = pair.prompt + pair.chosen, len(pair.prompt)
     return Dialogue(turns, None, pair.source, pair.weight, given)
 
 
-def _dialogue(row: RowDict, turns: list[Message] | str, context: int = 0) -> Dialogue | str:
-    if isinstance(turns, str):
-        return turns
-    system = row.get("system")
-    if isinstance(system, str) and system and not (turns and turns[0].role == "system"):
-        turns, context = [Message("system", system), *turns], context + (context > 0)
-    return Dialogue(turns, None, _source(row), context=context)
+def from_preference(record: Pair | Candidates) -> Dialogue | str:
+    """The conversation with the chosen or the best response."""
+    if isinstance(record, Pair):
+        return "tie" if record.preference == 0.5 else from_pair(record)
+    rated = [i for i, score in enumerate(record.scores) if not math.isnan(score)]
+    if not rated:
+        return "no response has a score"
+    best = max(rated, key=lambda i: record.scores[i])
+    if len(rated) > 1 and record.scores[best] == min(record.scores[i] for i in rated):
+        return "tie"
+    turns = record.prompt + record.responses[best]
+    return Dialogue(turns, None, record.source, context=len(record.prompt))
 
 
-def _source(row: RowDict) -> str | None:
-    return row["source"] if isinstance(row.get("source"), str) else None
+def _dialogue(row: RowDict, turns: list[Message] | str) -> Dialogue | str:
+    if not isinstance(turns, str):
+        turns = introduced(turns, row.get("system"), row.get("tools"))
+    return turns if isinstance(turns, str) else Dialogue(turns, None, source_of(row))
 
 
 # --- the list of them -------------------------------------------------------------------------
@@ -126,20 +105,44 @@ IMITATED = "chosen responses are imitated"
 EVERY = "every assistant turn is imitated"
 
 
-def _messages_schema(column: str) -> Shape:
-    how = f"{column!r} holds message lists; {EVERY}"
-    return Shape(
+# Two columns that may both hold what is imitated, so that the names alone do not say which does.
+RIVALS = (("messages", "conversations"), ("completion", "response"), ("output", "response"))
+
+
+def _schema(
+    name: str, level: int, needs: tuple[str, ...], how: str, fits: Any, convert: Any, *more: str
+) -> Schema:
+    names = dict.fromkeys((*needs, *more, *ABOUT), ()) | {"system": ("system", "system_prompt")}
+    rivals = [two for two in RIVALS if set(two) & set(needs)]
+
+    def refuse(rows: Sequence[RowDict], settled: Collection[str]) -> str | None:
+        for a, b in rivals:
+            both = any(row.get(a) is not None and row.get(b) is not None for row in rows)
+            if both and not {a, b} & set(settled):
+                return (
+                    f"{a!r} and {b!r} may both hold what is to be imitated: hide one with "
+                    f"columns={{{a!r}: None}} or columns={{{b!r}: None}}"
+                )
+        return None
+
+    return Schema(name, level, names, needs, how, fits, convert, refuse=refuse)
+
+
+def _messages_schema(column: str) -> Schema:
+    return _schema(
         column,
+        CONVERSATION,
         (column,),
-        how,
+        f"{column!r} holds message lists; {EVERY}",
         lambda row: isinstance(row.get(column), list),
         lambda row: from_messages(row, column),
     )
 
 
-def _prompt_schema(answer: str) -> Shape:
-    return Shape(
+def _prompt_schema(answer: str) -> Schema:
+    return _schema(
         f"prompt and {answer}",
+        ANSWERED,
         ("prompt", answer),
         f"{answer!r} answers 'prompt' and is imitated",
         lambda row: all(isinstance(row.get(key), str | list) for key in ("prompt", answer)),
@@ -147,20 +150,16 @@ def _prompt_schema(answer: str) -> Shape:
     )
 
 
-def _instruction_schema(answer: str) -> Shape:
-    return Shape(
+def _instruction_schema(answer: str) -> Schema:
+    return _schema(
         f"instruction and {answer}",
+        INSTRUCTED,
         ("instruction", answer),
         f"{answer!r} answers 'instruction', with 'input' below it where there is one",
         lambda row: all(isinstance(row.get(key), str) for key in ("instruction", answer)),
         lambda row: from_instruction(row, answer),
+        "input",
     )
-
-
-def _preference_schema(pairs: Any) -> Shape:
-    how = f"{IMITATED}: {pairs.how}"
-    name = f"preference pairs, {pairs.name}"
-    return Shape(name, pairs.needs, how, pairs.fits, lambda row: from_pair(pairs.convert(row)))
 
 
 def _is_transcript(row: RowDict) -> bool:
@@ -168,24 +167,29 @@ def _is_transcript(row: RowDict) -> bool:
     return isinstance(text, str) and bool(MARKER.match(text)) and ASSISTANT in text
 
 
-# The first that fits a row is the row's: a formatted `text` beside the columns it was made of, say.
-DIALOGUES: list[Shape] = [
+DIALOGUES: list[Schema] = [
     *map(_messages_schema, ("messages", "conversations")),
     *map(_prompt_schema, ("completion", "response")),
     *map(_instruction_schema, ("output", "response")),
-    *map(_preference_schema, PAIR_SCHEMAS),
-    Shape(
+    _schema(
         "transcripts",
+        TEXT,
         ("text",),
         f"'text' is a Human/Assistant transcript; {EVERY}",
         _is_transcript,
         from_text_transcript,
     ),
-    Shape(
+    _schema(
         "plain text",
+        TEXT,
         ("text",),
         "'text' is text without speakers; all of it is imitated",
         lambda row: isinstance(row.get("text"), str) and not _is_transcript(row),
         from_text,
     ),
+]
+# Preferences in any shape, read for the responses that were preferred.
+CHOSEN: list[Schema] = [
+    schema._replace(name=f"preference pairs, {schema.name}", how=f"{IMITATED}: {schema.how}")
+    for schema in SCHEMAS
 ]

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any
 
-from prefopt.data.detect import SAMPLE, Columns, check_columns
-from prefopt.data.dialogue_schemas import (
-    DIALOGUES,
-    IMITATED,
-    NAMES,
-    Shape,
-    convert_rows,
-    from_pair,
-    only_columns,
+from prefopt.data.columns import Columns
+from prefopt.data.dialogue_schemas import CHOSEN, DIALOGUES, IMITATED, from_preference
+from prefopt.data.records import (
+    SPOKEN,
+    Candidates,
+    DataReport,
+    Dialogue,
+    Message,
+    Pair,
+    are_messages,
 )
-from prefopt.data.files import open_rows
-from prefopt.data.records import DataReport, Dialogue, Message, Pair, are_messages
 from prefopt.data.schemas import RowDict
-from prefopt.data.sources import Preferences
+from prefopt.data.sources import Preferences, read_items
 from prefopt.data.spool import Spool
-from prefopt.errors import InputError
 
-# Two columns that may both hold what is imitated, so that the names alone do not say which does.
-RIVALS = (("messages", "conversations"), ("completion", "response"), ("output", "response"))
+NEEDED = (
+    "needed are message lists ('messages' or 'conversations'), texts or message lists in 'prompt' "
+    "and 'completion', 'instruction' and 'output', or 'text', or preference pairs"
+)
 
 
 class Dialogues(Spool[Dialogue]):
@@ -48,11 +46,12 @@ def load_dialogues(
 
     Read are message lists (`messages`, `conversations`; role/content or from/value), `prompt` with
     `completion` or `response` (texts or message lists), `instruction` with `input` and `output`,
-    plain `text` (a Human/Assistant transcript in it becomes turns), preference rows (prompt and
-    chosen response), and lists of `Dialogue` or `Pair`. `columns` maps the names in NAMES to the
-    source's own and always wins (None hides a column). The schema is decided from the first rows
-    and said in `.report`, with a count per reason for every row that was dropped. Raises InputError
-    for what cannot be read, for no or ambiguous columns, and when no row is usable.
+    plain `text` (a Human/Assistant transcript in it becomes turns), preferences in any shape that
+    `load_preferences` reads (the chosen or best response), and lists of `Dialogue` or `Pair`.
+    `columns` maps these names to the source's own and always wins (None hides a column). The schema
+    is decided from the first rows and said in `.report`, with a count per reason for every row that
+    was dropped. Raises InputError for what cannot be read, for no or ambiguous columns, and when no
+    row is usable.
     """
     if isinstance(source, Dialogues):
         return source
@@ -61,62 +60,22 @@ def load_dialogues(
         kind = type(source[0]).__name__
         reason = IMITATED if kind == "Pair" else f"the items are {kind} records already"
         report = DataReport(f"list of {kind}", kind, reason)
-        return _collect(((f"[{i}]", _record(item)) for i, item in enumerate(source)), report)
-    name, rows = open_rows(source, split)
-    columns = dict(columns or {})
-    sample = list(islice(rows, SAMPLE))
-    schema, reason = detect_dialogues([row for _, row in sample], columns, name)
-    report = DataReport(name, schema.name, reason)
-    return _collect(convert_rows(chain(sample, rows), schema, columns, NAMES), report)
+        return _collect(((f"[{i}]", item, 1) for i, item in enumerate(source)), report)
+    report, items = read_items(source, split, columns, [*DIALOGUES, *CHOSEN], _nothing_fits)
+    return _collect(((item.where, item.record, item.rows) for item in items), report)
 
 
-# --- which shape -------------------------------------------------------------------------------
-
-
-def detect_dialogues(sample: Sequence[RowDict], columns: Columns, name: str) -> tuple[Shape, str]:
-    """(the schema that reads most of these rows, why), of those that use a column of `columns`.
-
-    Raises InputError when `columns` names what is not there, when two columns may hold what is
-    imitated, and when no schema fits any row.
-    """
-    keys = list(dict.fromkeys(str(key) for row in sample for key in row))
-    check_columns(columns, keys, name, NAMES)
-    mapped = [only_columns(row, columns, NAMES) for row in sample] if columns else sample
-    asked = {key for key, column in columns.items() if column is not None}
-    schemas = [schema for schema in DIALOGUES if asked & set(schema.needs)] or DIALOGUES
-    fitting = (next((s for s in schemas if s.fits(row)), None) for row in mapped)
-    votes = Counter(schema.name for schema in fitting if schema)
-    if not votes:
-        raise InputError(_nothing_fits(mapped, keys, name))
-    (best, most), *others = votes.most_common()
-    if others and others[0][1] == most:
-        kinds = " and ".join(kind for kind, count in votes.items() if count == most)
-        raise InputError(f"{name!r} mixes rows of several kinds ({kinds}): separate them.")
-    schema = next(schema for schema in schemas if schema.name == best)
-    _check_rivals(schema, mapped, columns, name)
-    looked = f"{most} of the first {len(sample)} rows" if len(sample) > 1 else "the only row"
-    return schema, f"{schema.how} (so in {looked})"
-
-
-def _check_rivals(schema: Shape, rows: Sequence[RowDict], columns: Columns, name: str) -> None:
-    for pair in RIVALS:
-        if not set(pair) & set(schema.needs) or set(pair) & columns.keys():
-            continue
-        if any(row.get(pair[0]) is not None and row.get(pair[1]) is not None for row in rows):
-            a, b = pair
-            raise InputError(
-                f"In {name!r}, {a!r} and {b!r} may both hold what is to be imitated: hide one with "
-                f"columns={{{a!r}: None}} or columns={{{b!r}: None}}."
-            )
-
-
-def _nothing_fits(mapped: Sequence[RowDict], keys: list[str], name: str) -> str:
+def _nothing_fits(
+    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], name: str
+) -> str:
     """What the rows have, what they would need, and a `columns=` where the names suggest one."""
+    known = {key for schema in DIALOGUES for key in schema.needs} | {"chosen", "rejected"}
+    here = {key: columns.get(key, key) for key in sorted(known)}
     kinds = {
-        key: type(row[key]).__name__
-        for row in mapped
-        for key in row
-        if key in NAMES[:9] and row[key] is not None
+        key: type(row[column]).__name__
+        for row in sample
+        for key, column in here.items()
+        if column is not None and row.get(column) is not None
     }
     if kinds:
         have = ", ".join(f"{key!r} is {kind}" for key, kind in kinds.items())
@@ -126,20 +85,19 @@ def _nothing_fits(mapped: Sequence[RowDict], keys: list[str], name: str) -> str:
     prompt = next((k for k in ("question", "query", "instruction", "input") if k in keys), None)
     answer = next((k for k in ("answer", "output", "target", "response") if k in keys), None)
     example = {"prompt": prompt or "...", "completion": answer or "..."}
-    return (
-        f"{lack}; needed are message lists ('messages' or 'conversations'), texts or message lists "
-        "in 'prompt' and 'completion', 'instruction' and 'output', or 'text'; map other names with "
-        f"columns={example}."
-    )
+    return f"{lack}; {NEEDED}; map other names with columns={example}."
 
 
 # --- what is kept ------------------------------------------------------------------------------
 
 
 def _record(item: Any) -> Dialogue | str:
-    """A record made by the caller, as a `Dialogue`, or what is wrong with it."""
-    if isinstance(item, Pair):
-        item = from_pair(item)
+    """A record as a `Dialogue`, or what is wrong with it."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Pair | Candidates):
+        item = from_preference(item)
+        return item if isinstance(item, str) else _record(item)
     if not isinstance(item, Dialogue):
         return f"a {type(item).__name__} among the records"
     if item.text is not None:
@@ -156,9 +114,9 @@ def _usable(dialogue: Dialogue) -> tuple[Dialogue | str, int]:
     if dialogue.text is not None:
         return (dialogue if dialogue.text.strip() else "the text is empty"), 0
     turns, given = dialogue.turns, dialogue.context
-    first = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
+    first = next((i for i, turn in enumerate(turns) if turn.role not in SPOKEN), len(turns))
     first = 0 if given else first  # what is given stays as it is
-    answers = [turn for turn in turns[first + given :] if turn.role == "assistant"]
+    answers = [turn for turn in turns[first + given :] if turn.role in SPOKEN]
     if not answers:
         return ("nothing comes before the assistant's turn" if first else "no assistant turn"), 0
     if not all(turn.content.strip() for turn in answers):
@@ -166,15 +124,17 @@ def _usable(dialogue: Dialogue) -> tuple[Dialogue | str, int]:
     return replace(dialogue, turns=turns[first:]), first
 
 
-def _collect(dialogues: Iterable[tuple[str, Any]], report: DataReport) -> Dialogues:
-    """Spool what is usable, count what is not; InputError if nothing is left."""
+def _collect(items: Iterable[tuple[str, Any, int]], report: DataReport) -> Dialogues:
+    """Spool what is usable of (position, record or records, rows), count what is not; InputError if
+    nothing is left."""
     out, opened = Dialogues(report), 0
-    for where, dialogue in dialogues:
-        usable, cut = (dialogue, 0) if isinstance(dialogue, str) else _usable(dialogue)
-        if not isinstance(usable, str):
-            about = [usable.text, usable.source, usable.weight, usable.context]
-            usable = [[usable.turns, *about]]
-        opened += out.take(where, usable) and cut > 0
+    for where, record, rows in items:
+        made = [_record(one) for one in (record if isinstance(record, list) else [record])]
+        cut = [(one, 0) if isinstance(one, str) else _usable(one) for one in made]
+        kept = [(one, n) for one, n in cut if isinstance(one, Dialogue)]
+        fields = [[one.turns, one.text, one.source, one.weight, one.context] for one, _ in kept]
+        if out.take(where, fields or str(cut[0][0]), rows):
+            opened += sum(n > 0 for _, n in kept)
     if opened:
         report.notes.append(f"opened with an assistant turn, which was cut: {opened:,}")
     out.check("dialogue")

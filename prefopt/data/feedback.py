@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prefopt.data.conversations import read_prompt, read_response
-from prefopt.data.detect import SAMPLE, Columns, check_columns, nearest
-from prefopt.data.files import open_rows
+from prefopt.data.columns import Columns, nearest
+from prefopt.data.grouped_schemas import LABELLED_ROWS, Rated, read_labelled
 from prefopt.data.records import DataReport, Feedback, Message
-from prefopt.data.schemas import RowDict
+from prefopt.data.schemas import RowDict, Schema
+from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
-from prefopt.errors import InputError
 
-RESPONSES = ("completion", "response", "answer")
-NAMES = ("prompt", "completion", "label", "system", "source")
-LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+FEEDBACK: Schema = LABELLED_ROWS._replace(
+    name="feedback",
+    how="one 'completion' of 'prompt' in each row, desirable or not by its 'label'",
+    fits=lambda row: True,
+    convert=read_labelled,
+    gather=None,
+)
 
 
 def load_feedback(
@@ -33,56 +35,33 @@ def load_feedback(
     if isinstance(source, Sequence) and len(source) and isinstance(source[0], Feedback):
         report = DataReport("list of Feedback", "feedback", "the items are records already")
         return _collect(((f"[{i}]", item) for i, item in enumerate(source)), report)
-    name, rows = open_rows(source, split)
-    sample = list(islice(rows, SAMPLE))
-    found = columns_of([row for _, row in sample], dict(columns or {}), name)
-    report = DataReport(
-        name, "feedback", f"one response to {found['prompt']!r} in {found['completion']!r}, "
-        f"labelled by {found['label']!r}",
-    )  # fmt: skip
-    read = (
-        (where, _of_row({key: row.get(column) for key, column in found.items()}))
-        for where, row in chain(sample, rows)
+    report, items = read_items(source, split, columns, [FEEDBACK], _nothing_fits)
+    return _collect(((item.where, _feedback(item.record)) for item in items), report)
+
+
+def _nothing_fits(
+    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], name: str
+) -> str:
+    missing = [
+        key
+        for key in FEEDBACK.needs
+        if not {columns.get(key), *(FEEDBACK.names[key] or (key,))} & set(keys)
+    ]
+    near = "".join(nearest(key, keys) for key in missing)
+    return (
+        f"The rows of {name!r} lack {' and '.join(map(repr, missing))}{near}: found "
+        f"{', '.join(keys) or 'no column'}; single responses need 'prompt', 'completion' and "
+        f"'label'; map other names with columns={dict.fromkeys(missing, '...')}."
     )
-    return _collect(read, report)
 
 
-def columns_of(rows: Sequence[RowDict], columns: Columns, name: str) -> dict[str, str]:
-    """Canonical name -> the column that holds it."""
-    keys = list(dict.fromkeys(str(key) for row in rows for key in row))
-    check_columns(columns, keys, name, NAMES)
-    found = {key: str(column) for key, column in columns.items() if column is not None}
-    for canonical in NAMES:
-        names = RESPONSES if canonical == "completion" else (canonical,)
-        here = [key for key in names if key in keys]
-        if canonical not in columns and here:
-            found[canonical] = here[0]
-    if missing := [key for key in ("prompt", "completion", "label") if key not in found]:
-        near = "".join(nearest(key, keys) for key in missing)
-        raise InputError(
-            f"The rows of {name!r} lack {' and '.join(map(repr, missing))}{near}: found "
-            f"{', '.join(keys) or 'no column'}; single responses need 'prompt', 'completion' and "
-            f"'label'; map other names with columns={dict.fromkeys(missing, '...')}."
-        )
-    return found
+def _feedback(read: Any) -> Feedback | str:
+    if not isinstance(read, Rated):
+        return read
+    return Feedback(read.prompt, read.response, read.score == 1, read.source)
 
 
-def _of_row(row: RowDict) -> Feedback | str:
-    opened = read_prompt(row["prompt"], row.get("system"))
-    if isinstance(opened, str):
-        return opened
-    prompt, reply = opened
-    response = read_response(row["completion"], reply)
-    if isinstance(response, str):
-        return response
-    label = LABELS.get(str(row["label"]).lower())
-    if label is None:
-        return f"the label is {row['label']!r}, neither true nor false"
-    source = row.get("source")
-    return Feedback(prompt, response, label, source if isinstance(source, str) else None)
-
-
-def _collect(items: Iterator[tuple[str, Feedback | str]], report: DataReport) -> Spool[Feedback]:
+def _collect(items: Iterable[tuple[str, Feedback | str]], report: DataReport) -> Spool[Feedback]:
     out, good = Spool(report, _decode), 0
     for where, item in items:
         fields: list[list[Any]] | str = item if isinstance(item, str) else "an empty response"

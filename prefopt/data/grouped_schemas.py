@@ -16,6 +16,7 @@ import numpy as np
 
 from prefopt.data.conversations import read_prompt, read_response
 from prefopt.data.files import Row
+from prefopt.data.list_schemas import AROUND
 from prefopt.data.records import Candidates, Message
 from prefopt.data.schemas import (
     LABELLED,
@@ -35,16 +36,14 @@ NAMES = {
     "prompt": PROMPTS,
     "response": ("response", "completion", "answer"),
     "score": ("score", "rating", "reward", "helpfulness"),
-    "system": ("system", "system_prompt"),
-    "source": (),
+    **AROUND,
 }
 LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 LABEL_NAMES = {
     "prompt": PROMPTS,
     "completion": ("completion", "response", "answer"),
     "label": (),
-    "system": ("system", "system_prompt"),
-    "source": (),
+    **AROUND,
 }
 
 
@@ -81,7 +80,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _read(row: RowDict, response: Any, score: float) -> Rated | str:
-    opened = read_prompt(row["prompt"], row.get("system"))
+    opened = read_prompt(row["prompt"], row.get("system"), row.get("tools"))
     if isinstance(opened, str):
         return opened
     prompt, answer = opened

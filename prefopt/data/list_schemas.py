@@ -6,14 +6,15 @@ response whose score is no number (null, "N/A", NaN) counts as not rated.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefopt.data.conversations import read_prompt, read_response
+from prefopt.data.messages import as_list
 from prefopt.data.records import Candidates, Message
 from prefopt.data.schemas import (
+    ABOUT,
     LISTS,
     PROMPTS,
     RowDict,
@@ -23,14 +24,14 @@ from prefopt.data.schemas import (
     source_of,
 )
 
+# What stands beside a prompt; the margin is the difference of the scores.
+AROUND = {key: names for key, names in ABOUT.items() if key != "margin"}
 NAMES = {
     "prompt": PROMPTS,
     "responses": ("responses", "completions", "answers", "candidates", "generations"),
     "scores": ("scores", "ratings", "rating", "rewards"),
     "ranks": ("ranks", "rank"),
-    "system": ("system", "system_prompt"),
-    "source": (),
-    "tools": (),
+    **AROUND,
 }
 # What a response that is an object calls how good it is. UltraFeedback's annotations go before its
 # `overall_score`, in which some 1 of 10 stand for 10.
@@ -59,7 +60,7 @@ def _read_responses(
 ) -> tuple[list[Message], list[list[Message]]] | str:
     """(prompt, the responses, empty where they are not rated and not readable), or what is wrong
     with the row."""
-    opened = read_prompt(row["prompt"], row.get("system"))
+    opened = read_prompt(row["prompt"], row.get("system"), row.get("tools"))
     if isinstance(opened, str):
         return opened
     prompt, answer = opened
@@ -70,18 +71,6 @@ def _read_responses(
             return turns
         read.append([] if isinstance(turns, str) else turns)
     return prompt, read
-
-
-def as_list(value: Any) -> Any:
-    """A list that stands in the data as JSON text or as an array or tuple, as a list."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    if isinstance(value, tuple) or hasattr(value, "tolist"):
-        return list(value)
-    return value
 
 
 def _values(responses: list[Any], scores: Any) -> list[float] | str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import overload
 
-from prefopt.data.detect import nearest
+from prefopt.data.columns import nearest
 from prefopt.data.records import DataReport, Pair
 from prefopt.errors import InputError
 

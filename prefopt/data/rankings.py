@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from prefopt.data.detect import Columns
+from prefopt.data.columns import Columns
 from prefopt.data.records import Candidates, DataReport, Message, Pair, Ranking
 from prefopt.data.schemas import Item
 from prefopt.data.sources import read_items

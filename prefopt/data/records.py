@@ -79,7 +79,7 @@ class Dialogue:
         if self.text is not None:
             return [Message("text", self.text)]
         turns = enumerate(self.turns)
-        spoken = (i for i, m in turns if m.role == "assistant" and i >= self.context)
+        spoken = (i for i, m in turns if m.role in SPOKEN and i >= self.context)
         return self.turns[: next(spoken, None)]
 
 

@@ -98,6 +98,16 @@ def read_items(
     return report, converted(chain(sample, rows), decision)
 
 
+def level_of(source: Any, split: str | None, columns: Columns | None) -> int | None:
+    """The level of the schema that a source is read with; None if none is found."""
+    try:
+        name, rows = open_rows(source, split)
+        sample = [row for _, row in islice(rows, SAMPLE)]
+        return detect(sample, dict(columns or {}), name).schema.level
+    except InputError:
+        return None
+
+
 def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) -> Preferences:
     """Spool what is usable, count what is not; InputError if nothing is left."""
     out, left_out, noted, half_empty = Preferences(report), Counter[str](), Counter[str](), 0
