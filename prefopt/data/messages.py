@@ -190,10 +190,11 @@ def _read_call(call: Any) -> dict[str, Any] | str:
 
 def read_tools(value: Any) -> Turns | str:
     """A "tools" turn of a list of function schemas, or of JSON text of one; no turn for none."""
-    value = from_json(value) if isinstance(value, str) and value.strip() else plain(value)
-    tools = [value] if isinstance(value, Mapping) else value
-    if tools in (None, "", []):
+    value = plain(value)
+    tools = from_json(value) if isinstance(value, str) else value
+    if value in (None, "", "null") or tools == []:
         return []
+    tools = [tools] if isinstance(tools, Mapping) else tools
     if not isinstance(tools, list):
         return "the tools are no list of functions"
     tools = [from_json(tool) if isinstance(tool, str) else tool for tool in tools]

@@ -53,8 +53,9 @@ NAMES = {
         *("rejected_score", "score_rejected", "rejected-rating", "rejected_rating"),
         *("rating_rejected", "rejected_avg_rating"),
     ),
-    # Both ratings in a list, in an order that is not known.
+    # Both ratings in a list, in an order that is not known, beside the chosen response's own.
     "ratings": ("rating", "ratings"),
+    "own_rating": ("chosen_score",),
     "status": (),
     "preference": (),
     **ABOUT,
@@ -114,7 +115,9 @@ def from_messages(row: RowDict) -> Pair | Noted | str:
 
 def from_json_messages(row: RowDict) -> Pair | Noted | str:
     """Message lists as JSON text."""
-    return from_messages({**row, **{key: message_json(row.get(key)) for key in NEEDED}})
+    read = {key: message_json(row.get(key)) for key in NEEDED}
+    wrong = next((key for key in SIDES if not isinstance(read[key], list)), None)
+    return f"{wrong!r} is not JSON text of messages" if wrong else from_messages({**row, **read})
 
 
 # --- what stands beside the two responses ------------------------------------------------------
@@ -161,10 +164,8 @@ def _margin(row: RowDict) -> float | None:
     first, second = map(number, ratings)
     if first is None or second is None:
         return None
-    if first == second:
-        return 0.0
-    # Which of them is the chosen one's, its own score says.
-    return chosen - (second if chosen == first else first) if chosen in (first, second) else None
+    own = first if first == second else number(row.get("own_rating"))
+    return 2 * own - first - second if own in (first, second) else None
 
 
 # --- which rows they read ----------------------------------------------------------------------

@@ -83,8 +83,8 @@ def read_choice(row: RowDict) -> Verdict | str:
 
 
 def _refuse_choice(rows: Sequence[RowDict], asked: Collection[str]) -> str | None:
-    found = {number(row["choice"]) for row in rows}
-    return None if found & {0, None} or 2 not in found else COUNTED
+    found = {number(row.get("choice")) for row in rows}
+    return COUNTED if 2 in found and 0 not in found else None
 
 
 COUNTED = (
@@ -102,7 +102,7 @@ def read_strength(row: RowDict) -> Verdict | str:
 
 
 def _refuse_strength(rows: Sequence[RowDict], asked: Collection[str]) -> str | None:
-    found = [number(row["strength"]) or 0.0 for row in rows]
+    found = [s for row in rows if (s := number(row.get("strength"))) is not None]
     if "strength" in asked or len(found) < 10 or min(found) < 0:
         return None
     return (
@@ -146,7 +146,7 @@ def read_scores(row: RowDict) -> Verdict | str:
 
 
 def _shown(value: Any) -> str:
-    basic = isinstance(value, int | float) and abs(value) < 1e9
+    basic = isinstance(value, int | float) and not abs(value) > 1e9
     return repr(value) if basic else repr(value[:20]) if isinstance(value, str) else "no number"
 
 
