@@ -14,20 +14,22 @@ from prefopt.data.records import Pair
 from prefopt.errors import InputError
 
 
-def check_target(path: str | os.PathLike[str], source: str, force: bool) -> Path:
+def check_target(
+    path: str | os.PathLike[str], source: str, force: bool, flag: str = "--fix"
+) -> Path:
     """The file to write; InputError unless it is a new .jsonl file, or with `force` an old one, in
     a folder that there is, and not the source itself."""
     target = Path(path).expanduser()
     if target.suffix != ".jsonl":
-        raise InputError(f"--fix writes JSON lines: {str(target)!r} must end in .jsonl.")
+        raise InputError(f"{flag} writes JSON lines: {str(target)!r} must end in .jsonl.")
     if not target.parent.is_dir():
-        raise InputError(f"the folder {str(target.parent)!r} of --fix does not exist")
+        raise InputError(f"the folder {str(target.parent)!r} of {flag} does not exist")
     origin = Path(source).expanduser()
     if target.exists():
         if origin.exists() and (target.samefile(origin) or origin in target.parents):
-            raise InputError(f"--fix never writes over its source {str(target)!r}")
+            raise InputError(f"{flag} never writes over its source {str(target)!r}")
         if target.is_dir():
-            raise InputError(f"--fix {str(target)!r} is a folder; name a file")
+            raise InputError(f"{flag} {str(target)!r} is a folder; name a file")
         if not force:
             raise InputError(f"{str(target)!r} exists; --force replaces it")
     return target
@@ -59,6 +61,7 @@ def pair_row(pair: Pair, ties: str = "soft") -> dict[str, Any]:
     for name in ("margin", "source"):
         if getattr(pair, name) is not None:
             row[name] = getattr(pair, name)
-    if pair.preference != 1 and not (pair.preference == 0.5 and ties == "keep"):
-        row["preference"] = pair.preference
+    if pair.preference != 1 or pair.margin == 0:  # which alone would be read as a tie
+        kept = pair.preference == 0.5 and ties == "keep"
+        row["preference"] = 1.0 if kept else pair.preference
     return row

@@ -169,7 +169,11 @@ def longer_wins(lengths: np.ndarray, use: np.ndarray) -> dict[str, Any]:
         z, share = 1.959964, longer / n
         middle, spread = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
         low, high = ((middle + sign * z * math.sqrt(spread)) / (1 + z * z / n) for sign in (-1, 1))
-        out |= {"share": share, "low": max(low, 0.0), "high": min(high, 1.0)}
+        out |= {
+            "share": share,
+            "low": max(min(low, share), 0.0),
+            "high": min(max(high, share), 1.0),
+        }
     means = (float(side.mean()) if len(side) else None for side in (chosen, rejected))
     return out | dict(zip(("mean_chosen", "mean_rejected"), means, strict=True))
 
@@ -246,22 +250,29 @@ def _labels(book: _Book, facts: Facts, ties: str) -> None:
     tied = ~decided
     book.note("ties", tied, drop=tied if ties == "drop" else np.zeros_like(tied))
     book.note("ratings against the label", decided & (facts.margin < 0))
-    forward = (facts.chosen < facts.rejected) ^ (facts.preference < 0.5)
     low, high = np.minimum(facts.chosen, facts.rejected), np.maximum(facts.chosen, facts.rejected)
     same = _groups(facts.prompt, low, high)
-    repeated = _repeats(_groups(same, forward, facts.preference))
-    book.note("duplicate pairs", repeated)
-    ups = np.bincount(same, weights=decided & forward)[same]
-    downs = np.bincount(same, weights=decided & ~forward)[same]
+    # The probability that the response with the lower hash is the better one.
+    odds = np.where(facts.chosen == low, facts.preference, 1 - facts.preference).round(9)
+    book.note("duplicate pairs", _repeats(_groups(same, odds)))
+    ups, downs = (np.bincount(same, weights=side)[same] for side in (odds > 0.5, odds < 0.5))
     conflict = decided & (ups > 0) & (downs > 0)
-    minority = conflict & ((ups == downs) | (forward != (ups > downs)))
+    minority = conflict & ((ups == downs) | ((odds > 0.5) != (ups > downs)))
     book.note("conflicting labels", conflict, drop=minority)
-    sides = _groups(np.tile(facts.prompt, 2), np.concatenate([facts.chosen, facts.rejected]))
-    n, of_conflict = len(facts.prompt), np.concatenate([conflict, conflict])
-    won = np.bincount(sides, weights=~of_conflict & (np.arange(2 * n) < n))[sides]
-    lost = np.bincount(sides, weights=~of_conflict & (np.arange(2 * n) >= n))[sides]
-    both = (won > 0) & (lost > 0) & ~of_conflict
-    book.note("chosen here, rejected there", both[:n] | both[n:])
+    book.note("chosen here, rejected there", _both_ways(facts, decided & ~conflict))
+
+
+def _both_ways(facts: Facts, use: np.ndarray) -> np.ndarray:
+    """Which of the pairs of `use` [n] have a response that wins in one of them and loses in
+    another."""
+    n, flipped = len(use), facts.preference < 0.5
+    better = np.where(flipped, facts.rejected, facts.chosen)
+    worse = np.where(flipped, facts.chosen, facts.rejected)
+    sides = _groups(np.tile(facts.prompt, 2), np.concatenate([better, worse]))
+    won, lost = (np.bincount(sides[part], weights=use, minlength=2 * n)[sides] > 0
+                 for part in (slice(n), slice(n, None)))  # fmt: skip
+    both = won & lost
+    return use & (both[:n] | both[n:])
 
 
 def _groups(*columns: np.ndarray) -> np.ndarray:
