@@ -67,7 +67,7 @@ def _named(row: RowDict, value: str) -> float | None:
     """Of a winner that is a column's name or what stands in `model_a` or `model_b`."""
     for two in (
         [row.get(key) is row.get(value) for key in ("response_a", "response_b")],
-        [row.get(key) == value for key in ("model_a", "model_b")],
+        [isinstance(m := row.get(key), str) and m == value for key in ("model_a", "model_b")],
     ):
         if sum(two) == 1 and value:
             return float(two[0])
