@@ -37,10 +37,15 @@ def columns(*kinds: str) -> Any:
     return table
 
 
-def show_source(screen: Any, report: Any) -> None:
+def show_source(screen: Any, report: Any, reasons: int) -> None:
+    """How the rows were read, and so many of the reasons why some were not."""
     from rich.text import Text
 
-    for line in report.lines():
+    told, dropped = report.lines(), len(report.dropped)
+    lines = [*told[: 2 + min(reasons, dropped)], *told[2 + dropped :]]
+    if 0 < reasons < dropped:
+        lines.append(f"and {dropped - reasons} other reasons")
+    for line in lines:
         screen.print(Text(safe(line)))
 
 
@@ -52,7 +57,7 @@ def show_diagnosis(diagnosis: Any, fixed: str | None, written: int) -> None:
     from rich.text import Text
 
     screen = console()
-    show_source(screen, diagnosis.report)
+    show_source(screen, diagnosis.report, reasons=0)  # they are findings
     screen.print(Text(f"template {diagnosis.template}"))
     screen.print(Text(f"held out: {safe(diagnosis.held_out)}"))
     screen.print()
@@ -105,10 +110,10 @@ def _verdict(diagnosis: Any, fixed: str | None) -> Any:
         end = "look at them before training"
         end += f"; --fix OUT.jsonl writes a copy without {_many(gone, 'pair')}" if gone else ""
     else:
-        end = "fit to train on"
+        end = ""
     bad = left if fixed else errors
     style = "bold red" if bad else "bold yellow" if warnings else "bold green"
-    return Text(f"verdict: {found}: {end}", style=style)
+    return Text(f"verdict: {found}{': ' if end else ''}{end}", style=style)
 
 
 def _many(count: int, what: str) -> str:
@@ -123,7 +128,7 @@ def show_inspection(about: dict[str, Any], report: Any, previews: Sequence[dict]
     from rich.text import Text
 
     screen = console()
-    show_source(screen, report)
+    show_source(screen, report, reasons=6)
     screen.print(Text(f"columns: {safe(', '.join(about['columns']))}"))
     for name in ("sources", "encoding"):
         if about[name]:

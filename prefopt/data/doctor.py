@@ -32,6 +32,7 @@ from prefopt.errors import InputError
 
 EXAMPLES = 5
 BIASED = (0.45, 0.55)  # an interval of "longer wins" wholly outside is worth a warning
+USABLE = 0.1  # share of rows that cannot be used from which on something is wrong with all
 # Why reading leaves a row out -> the check that this is.
 READING = {
     "identical": "identical pairs",
@@ -236,9 +237,16 @@ def _reading(book: _Book) -> None:
         )
         finding.count += count
         finding.dropped += count
-        finding.examples.append(report.dropped_at[reason])
-        if check == "unusable rows":
-            finding.detail += f"{'; ' if finding.detail else ''}{reason} ({count:,})"
+        finding.examples = [*finding.examples, report.dropped_at[reason]][:EXAMPLES]
+    if unusable := book.findings.get("unusable rows"):
+        why = {r: n for r, n in report.dropped.items() if r not in READING and "Unicode" not in r}
+        first = sorted(why.items(), key=lambda item: -item[1])[:EXAMPLES]
+        parts = [f"{reason} ({count:,})" for reason, count in first]
+        others = unusable.count - sum(count for _, count in first)
+        parts += [f"{len(why) - len(first)} other reasons ({others:,})"] if others else []
+        unusable.detail = "; ".join(parts)
+        if unusable.count > USABLE * report.rows:
+            unusable.severity = "error"
 
 
 def _decided(facts: Facts) -> np.ndarray:
