@@ -177,8 +177,10 @@ def _nothing_fits(
     """What the rows have, what they would need, and a `columns=` where the names suggest one."""
     for schema in CHOICE_SCHEMAS:
         found = resolve(schema, keys, columns)
-        if all(found.get(key) is not None for key in schema.needs):
-            why = schema.convert(apply_columns(sample[0], found))
+        mapped = (apply_columns(row, found) for row in sample)
+        whole = (row for row in mapped if all(row.get(key) is not None for key in schema.needs))
+        if (row := next(whole, None)) is not None:
+            why = schema.convert(row)
             if isinstance(why, str):
                 shown = ", ".join(repr(found[key]) for key in schema.needs)
                 return f"In {source!r}, {shown} cannot be read as {schema.name}: {why}."
