@@ -52,6 +52,26 @@ def load_reward(spec: str | Path, *, device: str = "auto", dtype: str = "auto") 
     return RewardModel(spec, device=device, dtype=dtype)
 
 
+def load_rewards(
+    rewards: Reward | str | Path | Mapping[str, Reward | str],
+    weights: Mapping[str, float] | None = None,
+    **where: Any,
+) -> dict[str, Reward]:
+    """One reward (called "reward") or several by name, each a callable or a name for load_reward;
+    ``where``: device and dtype. InputError also for weights that are not those of the rewards."""
+    several = rewards if isinstance(rewards, Mapping) else {"reward": rewards}
+    if not several:
+        raise InputError("there is no reward; give one at least")
+    if weights is not None:
+        check_weights(weights, list(several), "reward")
+    known: dict[str, Reward] = {}
+    for name, reward in several.items():
+        loaded: Any = load_reward(reward, **where) if isinstance(reward, str | Path) else reward
+        check_reward(loaded, name)
+        known[name] = loaded
+    return known
+
+
 def check_reward(function: Any, name: str) -> None:
     """InputError unless it can be called with prompts and responses."""
     if not callable(function):

@@ -25,7 +25,6 @@ import torch
 
 from prefopt import loading
 from prefopt.config import TrainConfig
-from prefopt.data.mixing import check_weights
 from prefopt.data.pairing import check_pairing
 from prefopt.data.prompts import load_prompts
 from prefopt.data.records import Message, Pair
@@ -36,7 +35,7 @@ from prefopt.metrics import Progress
 from prefopt.nn.lora_config import LoraConfig
 from prefopt.objectives.dpo import DPO
 from prefopt.policy import Policy
-from prefopt.rewards import Reward, check_reward, combine, load_reward
+from prefopt.rewards import Reward, combine, load_rewards
 from prefopt.round_files import RoundsFile, described, digest, figures, show, spelled
 from prefopt.round_pairs import AsSampled, held_out_batches, judge, pair_rows
 from prefopt.sampling import (
@@ -112,7 +111,7 @@ def iterate(
         raise InputError("rounds train on pairs: the objective is DPO or KTO")
     sampler = Sampler(samples, temperature, max_new_tokens, config.template, config.seed)
     asked, where = load_prompts(prompts), {"device": device, "dtype": dtype}
-    judges = _judges(rewards, reward_weights, where)
+    judges = load_rewards(rewards, reward_weights, **where)
     pairs = {"pairing": pairing, "min_gap": min_gap}
     check_pairing(pairing, None, min_gap, "drop")
     recorded = {
@@ -149,24 +148,6 @@ def iterate(
         if not quiet:
             say(f"stopped in round {k}; --resume auto goes on there")
     return results[:rounds]
-
-
-def _judges(
-    rewards: Reward | str | Mapping[str, Reward | str],
-    weights: Mapping[str, float] | None,
-    where: dict[str, Any],
-) -> dict[str, Reward]:
-    several = rewards if isinstance(rewards, Mapping) else {"reward": rewards}
-    if not several:
-        raise InputError("there is no reward; give one at least")
-    if weights is not None:
-        check_weights(weights, list(several), "reward")
-    known: dict[str, Reward] = {}
-    for name, reward in several.items():
-        loaded: Any = load_reward(reward, **where) if isinstance(reward, str | Path) else reward
-        check_reward(loaded, name)
-        known[name] = loaded
-    return known
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -30,7 +30,7 @@ LAYERS = (
     ("objectives", "evaluate", "flops", "rewards"),
     (
         *("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
-        *("rounds", "round_files", "round_pairs", "sampling"),
+        *("rounds", "round_files", "round_pairs", "sampling", "pair_making"),
     ),
     ("demo",),
     (

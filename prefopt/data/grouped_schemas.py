@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefopt.data.conversations import read_prompt, read_response
+from prefopt.data.conversations import read_post, read_prompt, read_response
 from prefopt.data.files import Row
 from prefopt.data.list_schemas import AROUND
 from prefopt.data.records import Candidates, Message
@@ -25,6 +25,7 @@ from prefopt.data.schemas import (
     Item,
     RowDict,
     Schema,
+    Within,
     number,
     source_of,
 )
@@ -65,6 +66,22 @@ def read_scored(row: RowDict) -> Rated | str:
     if score is None:
         return "the score is no number"
     return _read(row, row["response"], score)
+
+
+def read_summary(row: RowDict) -> Rated | str:
+    """A post, one summary of it and what it is rated on one of the axes."""
+    axes, by = row["summary"].get("axes"), row.get("score")
+    key = by if isinstance(by, Within) else "overall"
+    score = number(axes.get(key)) if isinstance(axes, dict) else None
+    text, prompt = row["summary"].get("text"), read_post(row["info"])
+    if score is None:
+        return "the score is no number"
+    if prompt is None:
+        return "'info' holds neither a post nor an article"
+    if not isinstance(text, str):
+        return "the summary has no text"
+    said = [Message("assistant", text.removeprefix(" "))]
+    return Rated([Message("user", prompt)], said, score, source_of(row))
 
 
 def read_labelled(row: RowDict) -> Rated | str:
@@ -120,16 +137,14 @@ def _rated(prompt: Any, response: Any, score: float, source: str | None) -> Rate
     return Rated(turns[0], turns[1], score, source)
 
 
-def _gathered(
-    rows: Iterator[Row], schema: Schema, read: Callable[[RowDict], Rated | str], groups: _Groups
-) -> Iterator[Item]:
+def _gathered(rows: Iterator[Row], schema: Schema, groups: _Groups) -> Iterator[Item]:
     """The rows that are of no use; the others go to the groups."""
     for where, row in rows:
         absent = [key for key in schema.needs if row.get(key) is None]
         rated = (
             f"{absent[0]!r} is {'null' if absent[0] in row else 'missing'}"
             if absent
-            else (read(row))
+            else schema.convert(row)
         )
         if isinstance(rated, str):
             yield Item(where, rated)
@@ -137,14 +152,18 @@ def _gathered(
             groups.add(where, rated)
 
 
-def gather_scored(rows: Iterator[Row]) -> Iterator[Item]:
-    """The responses to each prompt; the mean score of one that is there several times."""
-    groups = _Groups()
-    yield from _gathered(rows, SCORED_ROWS, read_scored, groups)
-    for where, group in groups:
-        made = _mean_scores(group)
-        alone = "only one response to its prompt"
-        yield Item(where, alone if len(group) < 2 else made, len(group))
+def _gather(schema: Schema) -> Schema:
+    """The schema, with the responses to each prompt gathered: the mean score of one that is there
+    several times."""
+
+    def gather(rows: Iterator[Row]) -> Iterator[Item]:
+        groups = _Groups()
+        yield from _gathered(rows, schema, groups)
+        for where, group in groups:
+            alone = "only one response to its prompt"
+            yield Item(where, alone if len(group) < 2 else _mean_scores(group), len(group))
+
+    return schema._replace(gather=gather)
 
 
 def _mean_scores(group: list[Rated]) -> Candidates:
@@ -162,7 +181,7 @@ def _mean_scores(group: list[Rated]) -> Candidates:
 def gather_labelled(rows: Iterator[Row]) -> Iterator[Item]:
     """The good and the bad responses to each prompt that has both; InputError if none has."""
     groups, both = _Groups(), 0
-    yield from _gathered(rows, LABELLED_ROWS, read_labelled, groups)
+    yield from _gathered(rows, LABELLED_ROWS, groups)
     for where, group in groups:
         made: Candidates | str = "no response to its prompt has the other label"
         if len({rated.score for rated in group}) > 1:
@@ -184,15 +203,42 @@ def _has_texts(row: RowDict, response: str) -> bool:
     return all(isinstance(row.get(key), str | list) for key in ("prompt", response))
 
 
-SCORED_ROWS = Schema(
-    "scored rows",
-    SCORED,
-    NAMES,
-    ("prompt", "response", "score"),
-    "one 'response' to 'prompt' in each row, with its 'score' (more is better); grouped by prompt",
-    lambda row: _has_texts(row, "response") and number(row.get("score")) is not None,
-    read_scored,
-    gather_scored,
+SCORED_ROWS = _gather(
+    Schema(
+        "scored rows",
+        SCORED,
+        NAMES,
+        ("prompt", "response", "score"),
+        "one 'response' to 'prompt' in each row, with its 'score' (more is better); grouped by "
+        "prompt",
+        lambda row: _has_texts(row, "response") and number(row.get("score")) is not None,
+        read_scored,
+    )
+)
+# openai/summarize_from_feedback, `axis`.
+SUMMARIES = _gather(
+    Schema(
+        "rated summaries",
+        SCORED,
+        {"info": (), "summary": (), "score": (), "source": ()},
+        ("info", "summary"),
+        "'info' holds a post or an article, 'summary' one summary of it, rated on 'axes' (more is "
+        "better), by default 'overall'; grouped by post",
+        lambda row: isinstance(row.get("info"), dict) and isinstance(row.get("summary"), dict),
+        read_summary,
+    )
+)
+# For those who rate the responses themselves: all alike.
+UNRATED_ROWS = _gather(
+    Schema(
+        "rows of responses",
+        SCORED,
+        {key: names for key, names in NAMES.items() if key != "score"},
+        ("prompt", "response"),
+        "one 'response' to 'prompt' in each row; grouped by prompt",
+        lambda row: _has_texts(row, "response"),
+        lambda row: _read(row, row["response"], 0.0),
+    )
 )
 LABELLED_ROWS = Schema(
     "labelled rows",
@@ -204,4 +250,4 @@ LABELLED_ROWS = Schema(
     read_labelled,
     gather_labelled,
 )
-GROUPED_SCHEMAS: list[Schema] = [*TREE_SCHEMAS, SCORED_ROWS, LABELLED_ROWS]
+GROUPED_SCHEMAS: list[Schema] = [*TREE_SCHEMAS, SCORED_ROWS, SUMMARIES, LABELLED_ROWS]

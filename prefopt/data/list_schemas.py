@@ -52,7 +52,7 @@ def read_list(row: RowDict, scores: Any, sign: int) -> Candidates | str:
     if isinstance(found, str):
         return found
     prompt, turns = found
-    return Candidates(prompt, turns, [sign * value for value in values], source_of(row))
+    return Candidates(prompt, turns, [sign * value + 0.0 for value in values], source_of(row))
 
 
 def _read_responses(
@@ -155,3 +155,25 @@ LIST_SCHEMAS: list[Schema] = [
     *(_within(key, 1, f"the {key!r} of each (more is better)") for key in OWN_SCORES[1:]),
     *(_within(key, -1, f"the {key!r} of each (the smallest is the best)") for key in OWN_RANKS),
 ]
+
+
+def _read_unrated(row: RowDict) -> Candidates | str:
+    responses = as_list(row["responses"])
+    if not isinstance(responses, list):
+        return f"the responses are {type(responses).__name__}, not a list"
+    found = _read_responses(row, responses, [0.0] * len(responses))
+    if isinstance(found, str):
+        return found
+    return Candidates(*found, [0.0] * len(responses), source_of(row))
+
+
+# For those who rate the responses themselves: all alike.
+UNRATED_LIST = Schema(
+    "list of responses",
+    LISTS,
+    {key: names for key, names in NAMES.items() if key not in ("scores", "ranks")},
+    ("prompt", "responses"),
+    "a list of responses to 'prompt'",
+    lambda row: isinstance(as_list(row.get("responses")), list),
+    _read_unrated,
+)

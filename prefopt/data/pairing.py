@@ -70,6 +70,19 @@ def pair_items(
         yield item, choices, reasons
 
 
+def left_out(reasons: Counter[str]) -> list[str]:
+    """What a report says of the comparisons that rows did not make beside others."""
+    return [
+        f"comparisons left out of rows that make others, {reason}: {count:,}"
+        for reason, count in reasons.items()
+    ]
+
+
+def why_none(reasons: Counter[str]) -> str:
+    """Why an item makes no pair at all."""
+    return reasons.most_common(1)[0][0] if reasons else "no comparison"
+
+
 def _paired(record: Pair | Candidates, pairing: str, options: dict[str, Any]) -> Paired:
     if isinstance(record, Candidates):
         return pair_up(record, pairing=pairing, **options)

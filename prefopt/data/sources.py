@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.data.detect import SAMPLE, SCHEMAS, Columns, converted, detect
 from prefopt.data.files import open_rows
-from prefopt.data.pairing import check_pairing, pair_items, said
+from prefopt.data.pairing import check_pairing, left_out, pair_items, said, why_none
 from prefopt.data.records import (
     SPOKEN,
     Candidates,
@@ -110,19 +110,17 @@ def level_of(source: Any, split: str | None, columns: Columns | None) -> int | N
 
 def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) -> Preferences:
     """Spool what is usable, count what is not; InputError if nothing is left."""
-    out, left_out, noted, half_empty = Preferences(report), Counter[str](), Counter[str](), 0
+    out, others, noted, half_empty = Preferences(report), Counter[str](), Counter[str](), 0
     for item, choices, reasons in pair_items(items, **policy):
         if not choices:
-            reason = reasons.most_common(1)[0][0] if reasons else "no comparison"
-            out.take(item.where, reason, item.rows)
+            out.take(item.where, why_none(reasons), item.rows)
             continue
-        left_out.update(reasons)
+        others.update(reasons)
         pairs = [choice.pair for choice in choices]
         if out.take(item.where, [_fields(pair) for pair in pairs], item.rows):
             half_empty += sum(not (said(p.chosen) and said(p.rejected)) for p in pairs)
             noted.update([item.note] if item.note else [])
-    for reason, count in left_out.items():
-        report.notes.append(f"comparisons left out of rows that make others, {reason}: {count:,}")
+    report.notes += left_out(others)
     report.notes += [f"{note}: {count:,}" for note, count in noted.items()]
     if half_empty:
         report.notes.append(f"kept although one response is empty: {half_empty:,}")

@@ -18,12 +18,12 @@ import numpy as np
 
 from prefopt.data.files import Row
 from prefopt.data.records import Candidates, Message
-from prefopt.data.schemas import TREES, Item, RowDict, Schema, number, source_of, strings
+from prefopt.data.schemas import TREES, Item, Names, RowDict, Schema, number, source_of, strings
 from prefopt.data.spool import Lines
 
 SPEAKERS = {"prompter": "user", "assistant": "assistant"}
 IDS = ("message_id", "parent_id", "text", "role", "rank")
-NAMES = dict.fromkeys((*IDS, "deleted", "review_result", "source"), ())
+NAMES: Names = dict.fromkeys((*IDS, "deleted", "review_result", "source"), tuple[str, ...]())
 
 
 def _obstacle(message: Mapping[str, Any]) -> str | None:
@@ -159,7 +159,7 @@ def _candidates(messages: _Messages, way: list[int], replies: list[int]) -> Cand
     return Candidates(
         [Message(node.role, node.text) for node in asked],
         [[Message(node.role, node.text)] for node in answers],
-        [-messages.ranks[at] for at in replies],
+        [0.0 - messages.ranks[at] for at in replies],
         answers[0].source,
     )
 
@@ -196,7 +196,7 @@ def read_tree(row: RowDict) -> list[Candidates] | str:
         rated = [(reply, rank) for reply in replies if (rank := _rank(reply)) is not None]
         if turn.message.role == "user" and len(rated) > 1:
             responses = [[Message("assistant", reply["text"])] for reply, _ in rated]
-            scores = [-rank for _, rank in rated]
+            scores = [0.0 - rank for _, rank in rated]
             found.append(Candidates(_way(turn), responses, scores, source_of(row)))
         stack += [(reply, turn) for reply in reversed(replies)]
     return found or "no message with two ranked replies"
