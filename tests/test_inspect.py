@@ -25,7 +25,7 @@ def tokenizer():
 @pytest.fixture
 def file(tmp_path):
     """A file with faults, and texts that a terminal should not obey."""
-    rows = [
+    rows: list[dict[str, object]] = [
         {"prompt": f"question {n} {'word ' * n}", "chosen": "yes " * (n + 2), "rejected": "no " * 5}
         for n in range(12)
     ]
@@ -195,11 +195,11 @@ def test_the_preview_shows_every_token_and_what_is_cut_off(max_length, tokenizer
 
 def test_the_preview_tells_turns_that_are_not_scored(tokenizer):
     prompt = [Message("user", "hello")]
-    sides = [
+    chosen, rejected = (
         [Message("assistant", a), Message("user", "go on"), Message("assistant", b)]
         for a, b in (("good day", "as you like"), ("what?", "go away"))
-    ]
-    _, segments = as_seen(Pair(prompt, *sides), tokenizer)
+    )
+    _, segments = as_seen(Pair(prompt, chosen, rejected), tokenizer)
     kinds = [kind for kind, _ in segments]
     assert kinds.count("prompt") == 3 and kinds.count("eos") == 2
     given = [text for kind, text in segments if kind == "prompt"]
