@@ -13,7 +13,15 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from prefopt import __version__, cache_commands, commands, train_commands, weight_commands
+from prefopt import (
+    __version__,
+    cache_commands,
+    commands,
+    data_commands,
+    pair_commands,
+    train_commands,
+    weight_commands,
+)
 from prefopt.command_groups import Reading, Sampling, Setup
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
@@ -46,6 +54,14 @@ COMMANDS: dict[str, Command] = {
 }
 # `prefopt cache build`: families of commands, each with what it is about.
 FAMILIES: dict[str, tuple[str, dict[str, Command]]] = {
+    "data": (
+        "Preference data: what is in it, what is wrong with it, pairs out of it.",
+        {
+            "inspect": data_commands.inspect,
+            "doctor": data_commands.doctor,
+            "pairs": pair_commands.pairs,
+        },
+    ),
     "cache": (
         "Reference log-probs on disk.",
         {
