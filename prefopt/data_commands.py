@@ -83,7 +83,8 @@ def doctor(
         held_out: file, or split of --data, whose prompts must not occur here; null takes the other
             split of --data, or the prompts that training would hold out.
         eval_fraction: share of the prompts that training holds out.
-        against: benchmark file or files, whose prompts must not occur here.
+        against: benchmark file, or several as [a.jsonl, b.jsonl], whose prompts must not occur
+            here.
         model: model folder or hub id whose tokenizer and chat template are used.
         max_length: most tokens of prompt and response.
         template: how conversations become text; auto, chat, transcript or plain.
@@ -94,7 +95,6 @@ def doctor(
     """
     from prefopt.data.clean import check_target, write_pairs
     from prefopt.data.doctor import examine
-    from prefopt.data.prompts import load_prompts
     from prefopt.data_report import show_diagnosis
 
     _check_json(json)
@@ -108,7 +108,7 @@ def doctor(
         ties=reading.ties,
         held_out=_held_out(held_out, pairs, data, split, columns),
         eval_fraction=eval_fraction,
-        benchmarks=[load_prompts(path) for path in _several(against)],
+        benchmarks=[_benchmark(path) for path in _several(against)],
     )
     written = write_pairs(target, pairs, diagnosis.keep, reading.ties) if target else 0
     copy = {"fix": str(target), "written": written} if target else {}
@@ -186,6 +186,19 @@ def _failed(diagnosis: Any, fail_on: str, *, fixed: bool) -> bool:
     left = [f for f in diagnosis.findings if not (fixed and f.about.fix)]
     counted = {"error": ("error",), "warning": ("error", "warning"), "never": ()}[fail_on]
     return any(finding.severity in counted for finding in left)
+
+
+def _benchmark(path: str) -> Any:
+    """Its prompts; of RewardBench 2 too, whose rows hold lists of chosen and rejected responses."""
+    from prefopt.data.prompts import load_prompts
+
+    try:
+        return load_prompts(path)
+    except InputError as error:
+        try:
+            return load_prompts(path, columns={"chosen": None, "rejected": None})
+        except InputError:
+            raise error from None
 
 
 def _several(paths: list[str] | str | None) -> list[str]:

@@ -168,6 +168,16 @@ def test_a_benchmark_file(file, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     (hit,) = [check for check in told["checks"] if check["check"] == "benchmark prompts"]
     assert hit["examples"] == [f"{file}:8 (like {bench} row 1)"]
+    # RewardBench 2 has lists of responses beside its prompts.
+    lists = {"prompt": "question 3 word word word", "chosen": ["a"], "rejected": ["b", "c"]}
+    other = tmp_path / "bench2.jsonl"
+    other.write_text(json.dumps(lists))
+    assert doctor(file, against=[str(bench), str(other)], json="-") == 1
+    told = json.loads(capsys.readouterr().out)
+    (hit,) = [check for check in told["checks"] if check["check"] == "benchmark prompts"]
+    assert hit["examples"] == [f"{file}:4 (like {other}:1)", f"{file}:8 (like {bench} row 1)"]
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        doctor(file, against=str(tmp_path / "none.jsonl"))
 
 
 # --- a pair as the model sees it ---------------------------------------------------------------
