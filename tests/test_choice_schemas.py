@@ -611,8 +611,18 @@ def test_columns_say_what_a_number_means():
     expected = [pair("q", "GOOD", "BAD", 1.0)] * 2
     assert list(load_preferences(rows, columns={"strength": "preference"})) == expected
     rows = [row({"label": 1}), row({"label": 0}, "BAD", "GOOD")]
-    columns = {"labels": "label", "response_a": "response_a", "response_b": "response_b"}
-    assert list(load_preferences(rows, columns=columns)) == [pair("q", "GOOD", "BAD")] * 2
+    expected = [pair("q", "GOOD", "BAD")] * 2
+    assert list(load_preferences(rows, columns={"labels": "label"})) == expected
+
+
+def test_labels_are_trusted_only_where_they_are_known():
+    rows = [row({"labels": 1}), row({"labels": 0}, "BAD", "GOOD")]
+    with pytest.raises(InputError, match=r"columns=\{'labels': 'labels'\} if 1 is the first"):
+        load_preferences(rows)
+    expected = [pair("q", "GOOD", "BAD")] * 2
+    assert list(load_preferences(rows, columns={"labels": "labels"})) == expected
+    turned = [pair("q", "BAD", "GOOD")] * 2
+    assert list(load_preferences(rows, columns={"choice": "labels"})) == turned
 
 
 def test_the_safer_response_where_that_is_asked_for():
@@ -693,6 +703,23 @@ def test_lists_of_turns_without_json():
         }
     ]
     assert load_preferences(rows)[0] == pair([U("q"), A("x"), U("r")], "GOOD", "BAD")
+
+
+def test_a_system_column_stands_before_turns_and_texts():
+    for prompt, first, second in (("q", "GOOD", "BAD"), ('["q"]', '["GOOD"]', '["BAD"]')):
+        rows = [{**row({"winner": "a", "system": "s"}, first, second), "prompt": prompt}]
+        assert load_preferences(rows)[0] == pair([Message("system", "s"), U("q")], "GOOD", "BAD")
+
+
+def test_an_input_belongs_to_an_instruction_only():
+    rows = [row({"winner": "a", "input": "x"})]
+    assert load_preferences(rows)[0].prompt == [U("q")]
+    rows = [{"instruction": "q", "input": "x", "winner": "a"}]
+    rows[0] |= {"answer_a": "GOOD", "answer_b": "BAD"}
+        {"instruction": "q", "input": "x", "answer_a": "GOOD", "answer_b": "BAD", "winner": "a"}
+    ]
+    assert load_preferences(rows)[0].prompt == [U("q\n\nx")]
+    assert load_preferences(rows, columns={"input": None})[0].prompt == [U("q")]
 
 
 def test_the_usual_filter_of_shp_is_a_gap_of_two():

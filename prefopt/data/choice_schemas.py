@@ -168,8 +168,6 @@ def from_summaries(row: RowDict) -> Pair | str:
 
 def _schema(kind: Kind) -> Schema:
     called = PLAIN_SIDES + SIDES_FROM_1 if kind.counts_from_1 else PLAIN_SIDES
-    if kind.name == "choices by labels":  # labels of other data sets may be indices
-        called = (("human_ref_A", "human_ref_B"),)
     sides: Names = dict(zip(SIDES, zip(*called, strict=True), strict=True))
     scores = tuple(SCORES) if "score_a" in kind.names else ()
     return Schema(

@@ -120,6 +120,15 @@ def read_labels(row: RowDict) -> Verdict | str:
     return Verdict(label)
 
 
+def _refuse_labels(rows: Sequence[RowDict], asked: Collection[str]) -> str | None:
+    if "labels" in asked or any("human_ref_A" in row for row in rows):
+        return None
+    return (
+        "the numbers in 'labels' may be 1 for the first response or its index: pass "
+        "columns={'labels': 'labels'} if 1 is the first, or columns={'choice': 'labels'} if 0 is"
+    )
+
+
 def read_flags(row: RowDict) -> Verdict | str:
     """One column each that is 1 if the first won, if the second did, and if it was a tie."""
     flags = [_flag(row.get(key)) for key in ("winner_a", "winner_b", "winner_tie")]
@@ -195,6 +204,7 @@ KINDS = [
         ("labels",),
         "'labels' 1 says the first, 0 the second",
         read_labels,
+        refuse=_refuse_labels,
     ),
     Kind(
         "choices by flags",
