@@ -716,8 +716,6 @@ def test_an_input_belongs_to_an_instruction_only():
     assert load_preferences(rows)[0].prompt == [U("q")]
     rows = [{"instruction": "q", "input": "x", "winner": "a"}]
     rows[0] |= {"answer_a": "GOOD", "answer_b": "BAD"}
-        {"instruction": "q", "input": "x", "answer_a": "GOOD", "answer_b": "BAD", "winner": "a"}
-    ]
     assert load_preferences(rows)[0].prompt == [U("q\n\nx")]
     assert load_preferences(rows, columns={"input": None})[0].prompt == [U("q")]
 
