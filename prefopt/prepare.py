@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from prefopt import checkpoint
-from prefopt.config import TrainConfig
+from prefopt.config import TrainConfig, default_cache
 from prefopt.data.encoded import EncodedSet
 from prefopt.data.packing import pack
 from prefopt.data.records import Message
@@ -41,10 +41,26 @@ class Plan:
     notes: dict[str, Any]  # for data_report.json
 
 
-def make_plan(objective: Any, policy: Policy, data: Sequence[Any], config: TrainConfig) -> Plan:
-    """Encode, split by prompt and count the steps; InputError if nothing is left to train on."""
+def make_plan(
+    objective: Any,
+    policy: Policy,
+    data: Sequence[Any],
+    config: TrainConfig,
+    *,
+    dry_run: bool = False,
+) -> Plan:
+    """Encode, split by prompt and count the steps; InputError if nothing is left to train on.
+
+    Tokens are kept beside the reference log-probs, and found there again; not on a dry run.
+    """
     longest = min(config.max_length, context_length(policy.model))
-    encoded = objective.encode(data, policy.tokenizer, max_length=longest, template=config.template)
+    encoded = objective.encode(
+        data,
+        policy.tokenizer,
+        max_length=longest,
+        template=config.template,
+        cache=None if dry_run else Path(config.cache or default_cache()) / "tokens",
+    )
     unit = objective.unit  # which may depend on the records
     at = np.full(len(data), -1)
     at[encoded.indices] = np.arange(len(encoded))

@@ -150,7 +150,8 @@ def _run(
     if not setup.quiet or setup.dry_run:
         describe(policy, setup.lora)
     if setup.dry_run:
-        show_plan(objective, policy, config, make_plan(objective, policy, source, config))
+        plan = make_plan(objective, policy, source, config, dry_run=True)
+        show_plan(objective, policy, config, plan)
         return 0
     adapted = {"lora": setup.lora if policy.lora_report else None}
     recorded = {**dataclasses.asdict(dataclasses.replace(setup, **adapted)), **settings}

@@ -526,8 +526,8 @@ def test_the_tokenizer_is_called_for_many_dialogues_at_once():
     tokenizer.chat_template = TOKENIZERS["chatml"].chat_template
     sources = [dialogue(str(i), "a", "b", "c") for i in range(600)]
     assert len(encode_dialogues(sources, tokenizer)) == 600
-    # Two chunks, and of each every distinct piece once: the question, and six that all share.
-    assert [n for n in calls if n > 1] == [512 + 6, 88 + 6]
+    # Two chunks, and of each every distinct piece once: the question, and eight that all share.
+    assert [n for n in calls if n > 1] == [512 + 8, 88 + 8]
     assert len(calls) <= 6
 
 

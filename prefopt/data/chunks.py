@@ -8,50 +8,26 @@ Order and bytes are the same for any number of workers, with a cache and without
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefopt.data.encoded import EncodedSet
+from prefopt.data.recipe import Chunk, Encode, Recipe
 from prefopt.data.template import choose_template
 from prefopt.data.tokens import TextTokenizer
+from prefopt.data.workers import Worker, worth_it
 from prefopt.errors import InputError
 
+if TYPE_CHECKING:
+    from prefopt.data.token_cache import TokenCache
+
 CHUNK = 512  # records
-
-
-class Recipe(NamedTuple):
-    """What besides record and tokenizer decides the tokens; `unit` is what a record is called."""
-
-    unit: str
-    template: str
-    max_length: int
-    loss_on: str = "assistant"
-
-
-class Chunk(NamedTuple):
-    """Of consecutive records: the rows of those that are left, counted from the first of them, what
-    `to_record` made of each, the lengths of all prompts in tokens, and counts as of EncodedSet."""
-
-    rows: list[int]
-    records: list[bytes]
-    prompts: list[int]
-    counts: Counter[str]
-
-    @classmethod
-    def new(cls) -> Chunk:
-        return cls([], [], [], Counter())
-
-    def add(self, row: int, record: bytes) -> None:
-        self.rows.append(row)
-        self.records.append(record)
-
-
-Encode = Callable[[Sequence[Any], TextTokenizer, Recipe], Chunk]
 
 
 def encode_records(
@@ -121,16 +97,61 @@ def _chunks(
     """(row of its first record, chunk), in the order of the records."""
     store = None
     if cache is not None:
-        from prefopt.data.token_cache import TokenCache
+        from prefopt.data.token_cache import open_cache
 
-        store = TokenCache.of(cache, tokenizer, recipe, encode)
+        store = open_cache(cache, tokenizer, recipe, encode)
     here = TextTokenizer(tokenizer, recipe.template)
+    count = worth_it(records, tokenizer) if workers is None else workers
+    idle: list[Worker] = []
+    busy: deque[_Task] = deque()  # in order; with at most `count` chunks in work
+
+    def done(task: _Task) -> tuple[int, Chunk]:
+        chunk = task.chunk
+        if chunk is None:
+            chunk = (
+                encode(task.records, here, recipe) if task.worker is None else task.worker.result()
+            )
+            if task.worker:
+                idle.append(task.worker)
+            if store and task.path:
+                store.write(task.path, chunk)
+        return task.start, chunk
+
+    everyone: list[Worker] = []
+    try:
+        for task in _tasks(records, store):
+            if task.chunk is None and count:
+                if len(everyone) < count:
+                    everyone.append(Worker(encode, tokenizer, recipe))
+                    idle.append(everyone[-1])
+                while not idle:
+                    yield done(busy.popleft())
+                task.worker = idle.pop()
+                task.worker.send(task.records)
+            busy.append(task)
+            while len(busy) > count:
+                yield done(busy.popleft())
+        while busy:
+            yield done(busy.popleft())
+    finally:
+        for worker in everyone:
+            worker.stop()
+
+
+@dataclass
+class _Task:
+    """A chunk to come: the row of its first record, its records, and itself if it was kept."""
+
+    start: int
+    records: list[Any]
+    path: Path | None  # where to keep it
+    chunk: Chunk | None
+    worker: Worker | None = None
+
+
+def _tasks(records: Iterable[Any], store: TokenCache | None) -> Iterator[_Task]:
     rows, start = iter(records), 0
     while part := list(islice(rows, CHUNK)):
-        chunk = store.read(part) if store else None
-        if chunk is None:
-            chunk = encode(part, here, recipe)
-            if store:
-                store.write(part, chunk)
-        yield start, chunk
+        path = store.name(part) if store else None
+        yield _Task(start, part, path, store.read(path) if store and path else None)
         start += len(part)

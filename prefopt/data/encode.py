@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefopt.data.chunks import Chunk, Recipe, encode_records
+from prefopt.data.chunks import encode_records
 from prefopt.data.encoded import Encoded, EncodedSet, to_record
-from prefopt.data.records import Feedback, Message, Pair
+from prefopt.data.recipe import Chunk, Recipe
+from prefopt.data.records import Feedback, Message, Pair, Ranking
 from prefopt.data.spoken import (
     EOS_INSIDE,
     NOT_A_PREFIX,
@@ -85,21 +86,8 @@ def encode_pairs(
     many as are worth it). Neither changes the result. Raises InputError for a tokenizer without EOS
     and when every pair is dropped.
     """
-    groups = (
-        Group(
-            p.prompt,
-            (p.chosen, p.rejected),
-            {
-                "weight": p.weight,
-                "margin": p.margin,
-                "source": p.source,
-                "preference": p.preference,
-            },
-        )
-        for p in pairs
-    )
     recipe = Recipe("pair", template, max_length)
-    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)
+    return encode_groups(pairs, tokenizer, recipe, cache=cache, workers=workers)
 
 
 def encode_feedback(
@@ -112,16 +100,12 @@ def encode_feedback(
     workers: int | None = None,
 ) -> EncodedSet:
     """Encode each as a prompt with one labelled response, by the rules of `encode_pairs`."""
-    groups = (
-        Group(f.prompt, (f.response,), {"labels": (int(f.desirable),), "source": f.source})
-        for f in feedback
-    )
     recipe = Recipe("response", template, max_length)
-    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)
+    return encode_groups(feedback, tokenizer, recipe, cache=cache, workers=workers)
 
 
 def encode_groups(
-    groups: Iterable[Group],
+    groups: Iterable[Pair | Feedback | Ranking | Group],
     tokenizer: Any,
     recipe: Recipe,
     *,
@@ -177,9 +161,23 @@ class _Rendered(NamedTuple):
     spelled_out: bool
 
 
-def encode_chunk(groups: Sequence[Group], tokenizer: TextTokenizer, recipe: Recipe) -> Chunk:
+def as_group(record: Pair | Feedback | Ranking | Group) -> Group:
+    """Prompt, responses and what else a record decides."""
+    if isinstance(record, Pair):
+        names = ("weight", "margin", "source", "preference")
+        about = {name: getattr(record, name) for name in names}
+        return Group(record.prompt, (record.chosen, record.rejected), about)
+    if isinstance(record, Feedback):
+        about = {"labels": (int(record.desirable),), "source": record.source}
+        return Group(record.prompt, (record.response,), about)
+    if isinstance(record, Ranking):
+        return Group(record.prompt, record.responses, {"source": record.source})
+    return record
+
+
+def encode_chunk(records: Sequence[Any], tokenizer: TextTokenizer, recipe: Recipe) -> Chunk:
     """The groups in order, as many as there are left of them, and what became of the others."""
-    chunk = Chunk.new()
+    chunk, groups = Chunk.new(), [as_group(record) for record in records]
     rendered = [_render(group, tokenizer) for group in groups]
     ids = tokenizer(
         text
@@ -243,8 +241,10 @@ def _encode(
     kept = FITS[recipe.unit](responses, room) if size else "empty prompt"
     if isinstance(kept, str):
         return kept
-    counts["truncated"] += sum(len(r.tokens) > room for r in responses)
     counts[REPEATED] += len(responses) - len(kept)
+    if len(kept) < min(2, len(responses)):
+        return "fewer than two different responses"
+    counts["truncated"] += sum(len(r.tokens) > room for r in responses)
     for r in kept:
         counts[EOS_INSIDE] += r.scored is None and tokenizer.eos in r.tokens[:-1]
     scored = tuple(r.scored for r in kept)
@@ -323,7 +323,7 @@ def _distinct(responses: list[Response], room: int) -> list[Response] | str:
     unique: dict[bytes, Response] = {}
     for response in kept:
         unique.setdefault(response.spoken, response)
-    return list(unique.values()) if len(unique) > 1 else "fewer than two different responses"
+    return list(unique.values())
 
 
 # unit -> (responses, room for each) -> those that stay, cut, or why the group is dropped

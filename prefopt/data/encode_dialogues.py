@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.chunks import Chunk, Recipe, encode_records
+from prefopt.data.chunks import encode_records
 from prefopt.data.encode import SPELLED_OUT
 from prefopt.data.encoded import Encoded, EncodedSet, to_record
+from prefopt.data.recipe import Chunk, Recipe
 from prefopt.data.records import Dialogue
 from prefopt.data.spoken import (
     REWRITTEN,

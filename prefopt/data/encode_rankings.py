@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.chunks import Recipe
-from prefopt.data.encode import Group, encode_groups
+from prefopt.data.encode import encode_groups
 from prefopt.data.encoded import EncodedSet
+from prefopt.data.recipe import Recipe
 from prefopt.data.records import Ranking
 
 
@@ -29,6 +29,5 @@ def encode_rankings(
     no room, conversations the chat template refuses. Raises InputError for a tokenizer without EOS
     and when every ranking is dropped.
     """
-    groups = (Group(r.prompt, r.responses, {"source": r.source}) for r in rankings)
     recipe = Recipe("ranking", template, max_length)
-    return encode_groups(groups, tokenizer, recipe, cache=cache, workers=workers)
+    return encode_groups(rankings, tokenizer, recipe, cache=cache, workers=workers)

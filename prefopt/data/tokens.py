@@ -3,8 +3,9 @@
 A tokenizer cuts a text at its special tokens before it does anything else, and what stands between
 two of them is tokenised by itself. So a text is cut here first, in front of each special token that
 a chat template writes, and each distinct piece of a chunk is tokenised once: a prompt that stands
-in three texts costs one. The ids are those of the whole text (tests compare them); a tokenizer
-whose special tokens take in white space or overlap is given the whole text.
+in three texts costs one. Where a tokenizer has words (words.py), their ids are remembered, which is
+several times as fast as to find them again. The ids are those of the whole text (tests compare
+them); a tokenizer whose special tokens take in white space or overlap is given the whole text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from prefopt.data.words import WORD, has_words
+
+WORDS = 1 << 16  # that are remembered: the first ones, which are the frequent ones
 
 
 class TextTokenizer:
@@ -32,18 +37,54 @@ class TextTokenizer:
         self._blank: dict[bytes, bool] = {}
         # A chat template writes its own special tokens; other text gets those that the tokenizer
         # puts in front (BOS), never those it puts behind.
-        self.start = [] if template == "chat" else start_ids(tokenizer)
+        start = [] if template == "chat" else start_ids(tokenizer)
+        self.start = np.array(start, np.int32)
         self._cuts = _any_of(_cut_tokens(tokenizer))
+        self._known: dict[str, bytes] | None = None  # ids of words, where there are words
+        if _whole_core(tokenizer) and has_words(tokenizer):
+            self._known = {}
+            self._added = _any_of(t.content for t in tokenizer.added_tokens_decoder.values())
 
     def __call__(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
         """Ids [n] int32 of each text."""
         cut = {text: self._cut(text) for text in texts}
         pieces = list(dict.fromkeys(piece for parts in cut.values() for piece in parts))
-        ids: dict[str, list[int]] = dict(zip(pieces, bare_ids(pieces, self.tokenizer), strict=True))
+        ids = self._ids(pieces) if self._known is None else self._by_words(pieces, self._known)
+        start = self.start.tobytes()
         return {
-            text: np.array([*self.start, *(i for part in parts for i in ids[part])], np.int32)
+            text: np.frombuffer(start + b"".join([ids[part] for part in parts]), np.int32)
             for text, parts in cut.items()
         }
+
+    def _ids(self, texts: list[str]) -> dict[str, bytes]:
+        found = bare_ids(texts, self.tokenizer)
+        return {text: np.array(i, np.int32).tobytes() for text, i in zip(texts, found, strict=True)}
+
+    def _by_words(self, pieces: list[str], known: dict[str, bytes]) -> dict[str, bytes]:
+        """`known`: the ids of words with a space in front of them, which their key leaves out."""
+        parts = {piece: self._words(piece) for piece in pieces}
+        heads = self._ids(
+            list(dict.fromkeys(head for heads, _ in parts.values() for head in heads))
+        )
+        new = list(set().union(*(words for _, words in parts.values())) - known.keys())
+        fresh = self._ids([" " + word for word in new])
+        here = known if len(known) < WORDS else known.copy()
+        here.update(zip(new, fresh.values(), strict=True))
+        return {
+            piece: b"".join([*(heads[head] for head in first), *map(here.__getitem__, words)])
+            for piece, (first, words) in parts.items()
+        }
+
+    def _words(self, piece: str) -> tuple[list[str], list[str]]:
+        """(the special token in front and what precedes the first space to cut at, the words behind
+        it without their spaces): each is tokenised by itself. Where there is another added token
+        inside, all of it is one."""
+        match = self._cuts.match(piece)
+        head = match.end() if match else 0
+        if self._added.search(piece, head):
+            return [piece], []
+        first, *words = WORD.split(piece[head:])
+        return [part for part in (piece[:head], first) if part], words
 
     @cached_property
     def plain(self) -> TextTokenizer:
@@ -115,9 +156,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 def _cut_tokens(tokenizer: Any) -> list[str]:
     """Special tokens in front of which any text may be cut: no white space beside them and no
     other added token can have a part in where they are found."""
-    if not getattr(tokenizer, "is_fast", False) or getattr(
-        tokenizer, "split_special_tokens", False
-    ):
+    if not _whole_core(tokenizer):
         return []
     added = list(tokenizer.added_tokens_decoder.values())
     template = str(getattr(tokenizer, "chat_template", None) or "")
@@ -130,6 +169,12 @@ def _cut_tokens(tokenizer: Any) -> list[str]:
         and (t.content in names or t.content in template)
         and not any(_overlap(t.content, other) for other in others if other != t.content)
     ]  # fmt: skip
+
+
+def _whole_core(tokenizer: Any) -> bool:
+    """Whether text goes through the compiled tokenizer, whose file says what it does."""
+    split = getattr(tokenizer, "split_special_tokens", False)
+    return bool(getattr(tokenizer, "is_fast", False)) and not split
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -75,8 +75,8 @@ class DPO:
         self.divergence = {"kind": divergence, "alpha": divergence_alpha}
         self.ld_alpha, self.wpo = ld_alpha, wpo
 
-    def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
-        encoded = encode_pairs(data, tokenizer, max_length=max_length, template=template)
+    def encode(self, data: Any, tokenizer: Any, **options: Any) -> EncodedSet:
+        encoded = encode_pairs(data, tokenizer, **options)
         self._check_whole_batch(encoded)
         return encoded
 

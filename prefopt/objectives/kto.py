@@ -96,13 +96,15 @@ class KTO:
         self.baseline: Tensor | None = None  # z0, where it is known already: see over()
         self.desirable_share = 0.5  # of the responses; encode() counts it
 
-    def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
+    def encode(
+        self, data: Any, tokenizer: Any, *, max_length: int = 1024, **options: Any
+    ) -> EncodedSet:
         """Each group gets the first response to the next other prompt as its BASELINE, cut to fit.
 
         InputError where there is only one prompt, and for pairs that are ties.
         """
         encode = encode_feedback if isinstance(data[0], Feedback) else encode_pairs
-        encoded = encode(data, tokenizer, max_length=max_length, template=template)
+        encoded = encode(data, tokenizer, max_length=max_length, **options)
         labels: Counter[int] = Counter()
 
         def items() -> Iterator[Encoded]:

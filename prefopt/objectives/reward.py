@@ -51,11 +51,11 @@ class Reward:
         self.name, self.unit = "reward", "pairs"
         self.margin, self.center = margin, center
 
-    def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
+    def encode(self, data: Any, tokenizer: Any, **options: Any) -> EncodedSet:
         ranked = len(data) and isinstance(data[0], Ranking)
         self.unit = "rankings" if ranked else "pairs"
         encode = encode_rankings if ranked else encode_pairs
-        return encode(data, tokenizer, max_length=max_length, template=template)
+        return encode(data, tokenizer, **options)
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of the losses of G groups, G, sums over the groups of what TRL logs as means)."""

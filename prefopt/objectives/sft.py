@@ -45,14 +45,8 @@ class SFT:
             raise InputError(f"loss_on is {loss_on!r}; it is one of {', '.join(LOSS_ON)}")
         self.loss_on = loss_on
 
-    def encode(self, data: Any, tokenizer: Any, *, max_length: int, template: str) -> EncodedSet:
-        return encode_dialogues(
-            _dialogues(data),
-            tokenizer,
-            max_length=max_length,
-            template=template,
-            loss_on=self.loss_on,
-        )
+    def encode(self, data: Any, tokenizer: Any, **options: Any) -> EncodedSet:
+        return encode_dialogues(_dialogues(data), tokenizer, loss_on=self.loss_on, **options)
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         """(sum of -log p over N scored tokens, each times its dialogue's weight, N, nothing)."""
