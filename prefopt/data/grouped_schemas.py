@@ -70,10 +70,12 @@ def read_scored(row: RowDict) -> Rated | str:
 
 def read_summary(row: RowDict) -> Rated | str:
     """A post, one summary of it and what it is rated on one of the axes."""
-    axes, by = row["summary"].get("axes"), row.get("score")
+    summary, prompt = row["summary"], read_post(row["info"])
+    if not isinstance(summary, dict):
+        return f"the summary is {type(summary).__name__}, no object"
+    axes, text, by = summary.get("axes"), summary.get("text"), row.get("score")
     key = by if isinstance(by, Within) else "overall"
     score = number(axes.get(key)) if isinstance(axes, dict) else None
-    text, prompt = row["summary"].get("text"), read_post(row["info"])
     if score is None:
         return "the score is no number"
     if prompt is None:
