@@ -25,8 +25,9 @@ from prefopt.data.records import Candidates, Message, Pair
 from prefopt.data.schemas import RATED, TREES, Item
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Lines, Spool
-from prefopt.rewards import Reward, combine, load_rewards, score
+from prefopt.rewards import Reward, RewardModel, combine, load_rewards, score
 from prefopt.round_files import spelled
+from prefopt.sampling import prompt_lengths
 
 Row = dict[str, Any]
 CHUNK = 32  # prompts whose responses a reward is called with at a time
@@ -117,6 +118,7 @@ def _judged(
         prompts, texts = [], []
         for item in chunk:
             record = item.record if isinstance(item.record, str) else _responses(item.record)
+            record = _no_room(record, judges) or record
             lines.append(json.dumps([item.where, item.rows, record]).encode())
             for prompt, responses, _ in [] if isinstance(record, str) else record:
                 prompts += [prompt + turns[:-1] for turns in responses]
@@ -147,6 +149,20 @@ def _judged(
         return {"scores": said, "combined": [combined[i] for i in at]}
 
     return rated(), about
+
+
+def _no_room(records: list[Any] | str, judges: Mapping[str, Reward]) -> str | None:
+    """Why a reward model cannot read what it is to judge, or None."""
+    models = [judge for judge in judges.values() if isinstance(judge, RewardModel)]
+    for prompt, responses, _ in records if models and not isinstance(records, str) else ():
+        befores = {json.dumps(turns[:-1]): prompt + turns[:-1] for turns in responses}
+        for model in models:
+            for size in prompt_lengths(list(befores.values()), model.policy.tokenizer, "auto"):
+                if size is None:
+                    return "the template of a reward model refuses the prompt"
+                if size >= model.max_length:
+                    return f"no room for a response in the {model.max_length:,} tokens of a reward"
+    return None
 
 
 def _responses(record: Pair | Candidates | list[Candidates]) -> list[Any]:
