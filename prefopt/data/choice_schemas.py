@@ -12,14 +12,12 @@ from prefopt.data.schemas import ABOUT, PROMPTS, Names, Noted, RowDict, Schema, 
 from prefopt.data.verdicts import KINDS, SCORES, Kind, Verdict, read_choice, read_scores
 
 SIDES = ("response_a", "response_b")
-PLAIN_SIDES = (
-    *(("response_a", "response_b"), ("response_0", "response_1"), ("answer_a", "answer_b")),
-    *(("answer_0", "answer_1"), ("completion_a", "completion_b")),
+CALLED = (
+    *(("response_a", "response_b"), ("response_A", "response_B"), ("response_0", "response_1")),
+    *(("response_1", "response_2"), ("response1", "response2"), ("answer_a", "answer_b")),
+    *(("answer_0", "answer_1"), ("answer_1", "answer_2"), ("completion_a", "completion_b")),
+    *(("completion_1", "completion_2"), ("output_a", "output_b"), ("output_1", "output_2")),
     *(("conversation_a", "conversation_b"), ("human_ref_A", "human_ref_B")),
-)
-SIDES_FROM_1 = (
-    *(("response_1", "response_2"), ("response1", "response2"), ("answer_1", "answer_2")),
-    ("completion_1", "completion_2"),
 )
 DISAGREES = "the scores of the responses say the other one is better; the label decides"
 OTHERWISE = "the other verdict beside the one that is read names the other response"
@@ -167,8 +165,7 @@ def from_summaries(row: RowDict) -> Pair | str:
 
 
 def _schema(kind: Kind) -> Schema:
-    called = PLAIN_SIDES + SIDES_FROM_1 if kind.counts_from_1 else PLAIN_SIDES
-    sides: Names = dict(zip(SIDES, zip(*called, strict=True), strict=True))
+    sides: Names = dict(zip(SIDES, zip(*CALLED, strict=True), strict=True))
     scores = tuple(SCORES) if "score_a" in kind.names else ()
     return Schema(
         kind.name,

@@ -139,7 +139,8 @@ def _check_refused(
         return
     rows = [apply_columns(row, found) for row in sample]
     if why := schema.refuse(rows, columns.keys()):
-        raise InputError(f"In {source!r}, {why}.")
+        column = repr(found[schema.needs[-1]])
+        raise InputError(f"In {source!r}, {why}.".replace("'...'", column))
 
 
 def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
@@ -183,6 +184,7 @@ def _nothing_fits(
             why = schema.convert(row)
             if isinstance(why, str):
                 shown = ", ".join(repr(found[key]) for key in schema.needs)
+                why = why.replace("'...'", repr(found[schema.needs[-1]]))
                 return f"In {source!r}, {shown} cannot be read as {schema.name}: {why}."
     found = resolve(CHOICE_SCHEMAS[0], keys, columns)
     if all(found.get(key) is not None for key in SIDES):

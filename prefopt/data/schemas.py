@@ -66,7 +66,8 @@ class Schema(NamedTuple):
     that it cannot do without. `gather`, of shapes in which several rows make one record: turns all
     rows into items (then `convert` is not called). `together`: canonical names whose columns are
     called alike, so that only the n-th names of all of them go together. `refuse` says why rows of
-    this shape are not to be read: of a sample, and the canonical names that `columns` settles.
+    this shape are not to be read: of a sample, and the canonical names that `columns` settles;
+    '...' in it stands for the column of the last of `needs`.
     """
 
     name: str

@@ -55,8 +55,8 @@ def load_preferences(
 
     The schema is decided from the first rows and said in `.report`, with a count per reason for
     every row that was dropped. `columns` maps canonical names (prompt, chosen, rejected, system,
-    margin, source; response_a, response_b, winner; responses, scores, ranks; ...) to the source's
-    own names and always wins (None hides a column).
+    tools, margin, source; response_a, response_b with winner, choice or strength; responses,
+    scores, ranks; ...) to the source's own names and always wins (None hides a column).
 
     ties: what becomes of two responses that are equally good: "drop", "soft" (a pair with
     `preference` 0.5) or "keep" (the first one counts as chosen). empty: whether pairs of which one

@@ -26,7 +26,6 @@ class Kind(NamedTuple):
     needs: tuple[str, ...]
     how: str
     read: Callable[[RowDict], Verdict | str]
-    counts_from_1: bool = True  # whether responses called 1 and 2 leave no doubt
     refuse: Callable[[Sequence[RowDict], Collection[str]], str | None] | None = None
 
 
@@ -50,8 +49,9 @@ def read_winner(row: RowDict) -> Verdict | str:
     value = row["winner"]
     if number(value) is not None or isinstance(value, bool):
         return (
-            f"{value!r} may be an index or a sign; columns={{'choice': ...}} reads 0 as the first, "
-            "1 as the second, columns={'strength': ...} reads numbers below 0 as the first"
+            f"{_shown(value)} may be an index or a sign; columns={{'choice': '...'}} reads 0 as "
+            "the first and 1 as the second, columns={'strength': '...'} numbers below 0 as the "
+            "first"
         )
     if not isinstance(value, str):
         return f"the winner is {type(value).__name__}, not text"
@@ -84,13 +84,17 @@ def read_choice(row: RowDict) -> Verdict | str:
 
 def _refuse_choice(rows: Sequence[RowDict], asked: Collection[str]) -> str | None:
     found = {number(row.get("choice")) for row in rows}
-    return COUNTED if 2 in found and 0 not in found else None
+    if 2 in found and 0 not in found:
+        why, instead = "the better response's index is 1 or 2, never 0", "make it 0 or 1"
+    elif "choice" not in asked and any(key in row for row in rows for key in NUMBERED):
+        why = "the responses are called 1 and 2, and so may be the better one in '...'"
+        instead = "pass columns={'choice': '...'} if 0 is the first one"
+    else:
+        return None
+    return f"{why}: {instead}, or write a text (a, b) to read with columns={{'winner': '...'}}"
 
 
-COUNTED = (
-    "the better response's index is 1 or 2, never 0: make it 0 for the first response and 1 for "
-    "the second, or a text (a, b) to read with columns={'winner': ...}"
-)
+NUMBERED = ("response_2", "response2", "answer_2", "completion_2", "output_2")
 
 
 def read_strength(row: RowDict) -> Verdict | str:
@@ -106,9 +110,9 @@ def _refuse_strength(rows: Sequence[RowDict], asked: Collection[str]) -> str | N
     if "strength" in asked or len(found) < 10 or min(found) < 0:
         return None
     return (
-        "no number is below 0, which would say that the first response is the better one: this may "
-        "be a scale that begins at 0 or 1; subtract its middle, or pass columns={'strength': ...} "
-        "if the second response is indeed always the better one"
+        "no number in '...' is below 0, which would say that the first response is the better one: "
+        "this may be a scale that begins at 0 or 1; subtract its middle, or pass "
+        "columns={'strength': '...'} if the second response is indeed always the better one"
     )
 
 
@@ -124,8 +128,8 @@ def _refuse_labels(rows: Sequence[RowDict], asked: Collection[str]) -> str | Non
     if "labels" in asked or any("human_ref_A" in row for row in rows):
         return None
     return (
-        "the numbers in 'labels' may be 1 for the first response or its index: pass "
-        "columns={'labels': 'labels'} if 1 is the first, or columns={'choice': 'labels'} if 0 is"
+        "the numbers in '...' may be 1 for the first response or an index: pass "
+        "columns={'labels': '...'} if 1 is the first, or columns={'choice': '...'} if 0 is"
     )
 
 
@@ -167,7 +171,7 @@ KINDS = [
     Kind(
         "choices by winner",
         CHOICES,
-        {"winner": ("winner", "preference", "preferred", "better", "label")},
+        {"winner": ("winner", "preference", "preferred", "better", "label", "choice")},
         ("winner",),
         "'winner' says which (a, b, tie)",
         read_winner,
@@ -185,7 +189,6 @@ KINDS = [
         ("choice",),
         "'choice' is the index of the better one, 0 or 1",
         read_choice,
-        counts_from_1=False,
         refuse=_refuse_choice,
     ),
     Kind(
