@@ -248,7 +248,7 @@ def test_every_row_is_kept_or_counted_with_a_reason(name):
 
 
 def test_what_is_kept_can_be_encoded():
-    tokenizer = loading.load_tokenizer(loading.EMBEDDED)
+    tokenizer = loading.load_tokenizer(loading.resolve("embedded").base)
     for name in SEEDS:
         good, bad = rows_of(name, seed=2, count=60)
         pairs = load_preferences([*good, *bad], ties="soft", pairing="all")
