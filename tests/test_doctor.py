@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefopt import loading
@@ -197,9 +197,18 @@ def test_turns_out_of_order_and_conversations_that_part_early(tokenizer):
     assert at["parting early"] == ["[1]"]
     # A call of tools and its result stand between two turns of the assistant.
     tools = [Message("user", "time?"), Message("assistant", "I look."), Message("tool_calls", "[]"),
-             Message("tool", "12:00")]  # fmt: skip
+             Message("tool", "12:00"), Message("tool", "UTC")]  # fmt: skip
     pair = Pair(tools, [Message("assistant", "noon")], [Message("assistant", "night")])
     assert "roles do not alternate" not in counts(examine([pair], tokenizer, template="plain"))
+
+
+def test_markers_at_the_start_of_a_turn_and_of_the_other_speaker(tokenizer):
+    rows = [
+        row(question(1), "Assistant: hello to you"),
+        row(question(2), "yes\n\nHuman: and then?"),
+    ]
+    found = counts(examine(rows, tokenizer))
+    assert found == {"role markers inside turns": 2}  # both speakers have one turn each
 
 
 @pytest.mark.parametrize("marker", ["<|im_start|>user", "[INST] x [/INST]", "### Instruction:"])
@@ -222,6 +231,8 @@ def test_a_marker_behind_one_newline_is_not_one_behind_two(tokenizer):
 
 
 @settings(max_examples=60)
+@example([(0, 0, 1, False), (0, 1, 0, False), (0, 0, 1, False)])  # two labels against one
+@example([(0, 0, 1, False), (0, 1, 0, False), (0, 1, 0, False)])
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3, st.booleans()), min_size=1, max_size=14))
 def test_labels_against_counting_by_hand(tokenizer, drawn):
     """Few prompts and responses, so that duplicates, conflicts and rankings come up by chance."""
@@ -285,10 +296,12 @@ def test_length_that_decides_is_a_warning(tokenizer):
         for n in range(60)
     ]
     fair = examine(even, tokenizer)
+    short = examine([row(r["prompt"], r["rejected"], r["chosen"]) for r in rows], tokenizer)
     severity = [
-        {f.check: f.severity for f in d.findings}["longer response chosen"] for d in (biased, fair)
+        {f.check: f.severity for f in d.findings}["longer response chosen"]
+        for d in (biased, fair, short)
     ]
-    assert severity == ["warning", "info"]
+    assert severity == ["warning", "info", "warning"]
 
 
 # --- prompts on two sides ----------------------------------------------------------------------
@@ -313,7 +326,8 @@ def test_near_duplicates_across_the_split_that_training_makes(tokenizer):
     base = [
         question(n) + " with a long enough rest so that one sign is not much" for n in range(40)
     ]
-    rows = [row(text + end) for text in base for end in ("", "!")]
+    copies = [text + "!" if n % 2 else text.upper() for n, text in enumerate(base)]
+    rows = [row(text) for two in zip(base, copies, strict=True) for text in two]
     pairs = load_preferences(rows)
     held = set(split_pairs(pairs, 0.25)[1])
     # Text and copy are 2 n and 2 n + 1: a leak where only one of them is held out.
@@ -323,6 +337,25 @@ def test_near_duplicates_across_the_split_that_training_makes(tokenizer):
     assert np.flatnonzero(~diagnosis.keep).tolist() == expected
     assert counts(diagnosis)["near-duplicate prompts"] == 40
     assert "held-out prompts" in diagnosis.clean
+
+
+def test_what_many_prompts_share_makes_none_alike(tokenizer):
+    """A long system turn; and copies of a near-duplicate are duplicates, not more of them."""
+    system = "You are a helpful assistant, and answer at length whatever you are asked. " * 9
+    rows = [row(question(n), system=system) for n in range(5)]
+    again = f"{question(9)} and some more of it to be long enough"
+    rows += [row(again + end) for end in ("", "!", "!")]
+    found = counts(examine(rows, tokenizer))
+    assert found == {"near-duplicate prompts": 1, "duplicate prompts": 1, "duplicate pairs": 1}
+
+
+def test_many_unusable_rows_are_an_error(tokenizer):
+    good = [row(question(n)) for n in range(18)]
+    for bad, severity in ((2, "warning"), (3, "error")):  # of 20, a tenth; of 21, more
+        diagnosis = examine([*good, *(row(n) for n in range(bad))], tokenizer)
+        (finding,) = [f for f in diagnosis.findings if f.check == "unusable rows"]
+        assert (finding.severity, finding.count) == (severity, bad)
+        assert finding.detail == f"'prompt' is int, not text ({bad})"
 
 
 def test_overlap_with_a_benchmark(tmp_path, tokenizer):
@@ -400,7 +433,7 @@ def faulty() -> list[dict]:
         row(question(22), chosen=""), row(question(23), rejected=" "),
         row(question(24), margin=-1), row(question(25), margin=0), row(question(26), margin=2.5),
         row(question(27), "same text", "same text"), row(question(28), source="web"),
-        row(question(29), "Human: what?"),
+        row(question(29), "Human: what?"), row(question(30), margin=0, preference=1.0),
     ]  # fmt: skip
 
 
@@ -417,7 +450,7 @@ def test_a_cleaned_copy_has_none_of_what_fix_claims_to_mend(tmp_path, tokenizer,
     mended = {name for name, check in CHECKS.items() if check.fix}
     assert left & mended == ({"ties"} if ties == "soft" else set())
     assert "role markers inside turns" in left and written == len(again) == (
-        4 if ties == "drop" else 5
+        5 if ties == "drop" else 6
     )
     kept = [pairs[i] for i in np.flatnonzero(first.keep).tolist()]
     for before, after in zip(kept, again, strict=True):

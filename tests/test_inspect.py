@@ -124,6 +124,7 @@ def test_json_alone_on_standard_output_and_in_a_file(command, file, tmp_path, ca
     assert command(file, json=str(out)) == code
     assert "read as" in capsys.readouterr().out
     assert json.loads(out.read_text()) == printed
+    assert printed.get("exit_code", 0) == code == (command is doctor)
     assert printed["data"]["rows"] == 13
     with pytest.raises(InputError, match="folder of --json"):
         command(file, json=str(tmp_path / "none" / "x.json"))
@@ -183,7 +184,7 @@ def test_a_benchmark_file(file, tmp_path, capsys):
 # --- a pair as the model sees it ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_length", [1024, 24, 16, 12, 10, 3])
+@pytest.mark.parametrize("max_length", [1024, 25, 18, 16, 12, 10, 3])
 def test_the_preview_shows_every_token_and_what_is_cut_off(max_length, tokenizer):
     pair = Pair(
         [Message("user", "how are you?")],
