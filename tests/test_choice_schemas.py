@@ -592,7 +592,7 @@ def test_the_winner_by_the_name_of_its_column_or_model():
     assert load_preferences([by_column])[0] == pair("q", "GOOD", "BAD")
     by_column = {"prompt": "q", "response_1": "GOOD", "response_2": "BAD", "winner": "response_1"}
     assert load_preferences([by_column])[0] == pair("q", "GOOD", "BAD")
-    models = {"model_a": "m1", "model_b": "m2", "winner": "m2"}
+    models = json.loads('{"model_a": "m1", "model_b": "m2", "winner": "m2"}')
     assert load_preferences([row(models, "BAD", "GOOD")])[0] == pair("q", "GOOD", "BAD")
     itself = {"model_a": "m1", "model_b": "m1", "winner": "m1"}
     with pytest.raises(InputError, match="the winner is 'm1'"):

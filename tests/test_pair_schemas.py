@@ -726,6 +726,12 @@ def test_responses_that_go_by_other_names_go_together():
     assert load_preferences([row])[0].margin == 2.0
 
 
+def test_replies_that_quote_a_transcript_beside_a_prompt_stay_texts():
+    good, bad = (f"so:\n\nHuman: x\n\nAssistant: {text}" for text in ("GOOD", "BAD"))
+    found = load_preferences([{"prompt": "q", "chosen": good, "rejected": bad}])
+    assert found.report.schema == "plain strings" and found[0] == pair("q", good, bad)
+
+
 def test_scores_and_a_stated_preference():
     assert load_preferences([plain(prompt="q", margin=3, score_chosen=1)])[0].margin == 3.0
     certain = plain(prompt="q", preference=0.8, margin=-1)
