@@ -20,7 +20,7 @@ from prefopt.data.columns import Columns
 from prefopt.data.detect import SCHEMAS
 from prefopt.data.grouped_schemas import UNRATED_ROWS
 from prefopt.data.list_schemas import UNRATED_LIST
-from prefopt.data.pairing import Choice, check_pairing, left_out, pair_items, why_none
+from prefopt.data.pairing import Choice, check_pairing, notes_of, pair_items, why_none
 from prefopt.data.records import Candidates, Message, Pair
 from prefopt.data.schemas import RATED, TREES, Item
 from prefopt.data.sources import read_items
@@ -81,7 +81,8 @@ def make_pairs(
     about: Row = {"data": report.source, "schema": report.schema, "pairing": pairing}
     if judges:
         about["rewards"] = {name: spelled(reward) for name, reward in judges.items()}
-    out, others = Spool[Row](report, lambda fields: fields[0]), Counter[str]()
+    out = Spool[Row](report, lambda fields: fields[0])
+    others, noted = Counter[str](), Counter[str]()
     for item, choices, reasons in pair_items(items, pairing=pairing, **policy):
         rows: list[list[Row]] = []
         for choice in choices:
@@ -90,7 +91,8 @@ def make_pairs(
             rows.append([{**pair_row(choice.pair), "lineage": lineage}])
         if out.take(item.where, rows or why_none(reasons), item.rows):
             others.update(reasons)
-    report.notes += left_out(others)
+            noted.update([item.note] if item.note else [])
+    report.notes += notes_of(others, noted)
     out.check("pair")
     return out
 

@@ -178,8 +178,7 @@ def test_by_several_rewards():
     rows = [UNRATED[i] for i in (0, 2, 4)]
     made = make_pairs(rows, rewards, reward_weights=weights, pairing="all", ties="keep")
     texts = ["bb", "a", "cccc", "xx", "yy", "e", "ttt"]
-    scores = {name: reward([], texts) for name, reward in (("length", lambda p, r: list(map(len, r))),
-                                                           ("vowels", vowels))}  # fmt: skip
+    scores = {"length": [len(text) for text in texts], "vowels": vowels([], texts)}
     expected = dict(zip(texts, combine(scores, weights), strict=True))
     assert len(made) == 3 + 1 + 1
     for row in made:

@@ -169,15 +169,11 @@ def _gather(schema: Schema) -> Schema:
 
 
 def _mean_scores(group: list[Rated]) -> Candidates:
-    scores: dict[str, list[float]] = {}
-    first: dict[str, Rated] = {}
+    scores: dict[tuple[Message, ...], list[float]] = {}
     for rated in group:
-        text = json.dumps(rated.response)
-        first.setdefault(text, rated)
-        scores.setdefault(text, []).append(rated.score)
+        scores.setdefault(tuple(rated.response), []).append(rated.score)
     means = [sum(values) / len(values) for values in scores.values()]
-    responses = [rated.response for rated in first.values()]
-    return Candidates(group[0].prompt, responses, means, group[0].source)
+    return Candidates(group[0].prompt, [list(turns) for turns in scores], means, group[0].source)
 
 
 def gather_labelled(rows: Iterator[Row]) -> Iterator[Item]:

@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from prefopt.data.conversations import Turns, part
-from prefopt.data.records import SPOKEN, Candidates, Pair
+from prefopt.data.records import SPOKEN, Candidates, Message, Pair
 from prefopt.data.schemas import Item
 from prefopt.errors import InputError
 
@@ -70,12 +70,12 @@ def pair_items(
         yield item, choices, reasons
 
 
-def left_out(reasons: Counter[str]) -> list[str]:
-    """What a report says of the comparisons that rows did not make beside others."""
-    return [
-        f"comparisons left out of rows that make others, {reason}: {count:,}"
-        for reason, count in reasons.items()
-    ]
+def notes_of(left_out: Counter[str], noted: Counter[str]) -> list[str]:
+    """What a report says of the comparisons that rows did not make beside others, by reason, and
+    of the notes of the items that made any."""
+    others = "comparisons left out of rows that make others, "
+    both = [*((others + reason, n) for reason, n in left_out.items()), *noted.items()]
+    return [f"{what}: {count:,}" for what, count in both if count]
 
 
 def why_none(reasons: Counter[str]) -> str:
@@ -159,9 +159,9 @@ def pair_up(
     rated = [i for i, score in enumerate(scores) if not math.isnan(score)]
     if len(rated) < 2:
         return Paired([], [], {"fewer than two responses with a score": 1})
-    first: dict[str, int] = {}
+    first: dict[tuple[Message, ...], int] = {}
     for i in rated:
-        first.setdefault(json.dumps(responses[i]), i)
+        first.setdefault(tuple(responses[i]), i)
     ranked = sorted(first.values(), key=lambda i: -scores[i])  # stable: equals in their order
     if len(ranked) < 2:
         return Paired([], [], {"all responses are the same text": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -64,6 +63,7 @@ def _collect(items: Iterable[Item], report: DataReport) -> Rankings:
             continue
         fields = [[r.prompt, r.responses, r.source] for r, _ in usable]
         if out.take(item.where, fields, item.rows):
+            left_out.update([item.note] if item.note else [])
             for ranking, why in usable:
                 left_out.update(why)
                 longest = max(longest, len(ranking.responses))
@@ -85,9 +85,9 @@ def _ranked(record: Any) -> tuple[Ranking | str, dict[str, int]]:
     rated = [s for s in zip(record.scores, record.responses, strict=True) if not math.isnan(s[0])]
     for value, turns in rated:
         best.setdefault(value, turns)
-    kept: dict[str, list[Message]] = {}
+    kept: dict[tuple[Message, ...], list[Message]] = {}
     for value in sorted(best, reverse=True):
-        kept.setdefault(json.dumps(best[value]), best[value])
+        kept.setdefault(tuple(best[value]), best[value])
     if len(kept) < 2:
         return "fewer than two responses that differ in text and in rank", {}
     why = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.data.detect import SAMPLE, SCHEMAS, Columns, converted, detect
 from prefopt.data.files import open_rows
-from prefopt.data.pairing import check_pairing, left_out, pair_items, said, why_none
+from prefopt.data.pairing import check_pairing, notes_of, pair_items, said, why_none
 from prefopt.data.records import (
     SPOKEN,
     Candidates,
@@ -120,8 +120,7 @@ def _collect(items: Iterator[Item], report: DataReport, policy: dict[str, Any]) 
         if out.take(item.where, [_fields(pair) for pair in pairs], item.rows):
             half_empty += sum(not (said(p.chosen) and said(p.rejected)) for p in pairs)
             noted.update([item.note] if item.note else [])
-    report.notes += left_out(others)
-    report.notes += [f"{note}: {count:,}" for note, count in noted.items()]
+    report.notes += notes_of(others, noted)
     if half_empty:
         report.notes.append(f"kept although one response is empty: {half_empty:,}")
     if set(report.dropped) == {"identical"} and not report.kept:
