@@ -431,6 +431,7 @@ SETS["kaggle-55k"] = (
         kaggle(["q", "r"], ["BAD 1", "BAD 2"], ["GOOD 1", "GOOD 2"], (0, 1, 0)),
         kaggle(["q"], [None], ["GOOD"], (0, 1, 0)),
         kaggle(["q", "r"], ["GOOD"], ["BAD", "BAD"], (1, 0, 0)),
+        kaggle(["q"], [], ["BAD"], (1, 0, 0)),
         kaggle(["q"], ["GOOD"], ["BAD"], (0, 0, 0)),
         kaggle(["q"], ["GOOD"], ["BAD"], (1, 1, 0)),
         kaggle(["q"], '["GOOD]', ["BAD"], (1, 0, 0)),
@@ -444,7 +445,7 @@ SETS["kaggle-55k"] = (
     ],
     {
         "a turn is null": 1,
-        "not as many answers as prompts": 1,
+        "not as many answers as prompts": 2,
         "not exactly one winner column is 1": 2,
         "the turns are no lists of texts in JSON": 1,
         "a winner column is not 0 or 1": 1,

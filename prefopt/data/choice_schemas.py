@@ -58,7 +58,8 @@ def _answers(
 
 def _is_encoded(value: Any) -> bool:
     """Whether this looks like the JSON text of a list of texts and nulls."""
-    return isinstance(value, str) and value.startswith(('["', "[null")) and value.endswith("]")
+    starts = ('["', "[null", "[]")
+    return isinstance(value, str) and value.startswith(starts) and value.endswith("]")
 
 
 def _zipped(*lists: Any) -> tuple[list[Any], list[Any]] | str | None:

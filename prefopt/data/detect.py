@@ -139,8 +139,8 @@ def _check_refused(
         return
     rows = [apply_columns(row, found) for row in sample]
     if why := schema.refuse(rows, columns.keys()):
-        column = repr(found[schema.needs[-1]])
-        raise InputError(f"In {source!r}, {why}.".replace("'...'", column))
+        why = why.replace("'...'", repr(found[schema.needs[-1]]))
+        raise InputError(f"In {source!r}, {why}.")
 
 
 def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
