@@ -93,8 +93,10 @@ def _explained(finding: Any, source: str, fixed: str | None) -> Iterable[Any]:
     if fixed:
         left = finding.count - finding.dropped
         says = [f"{finding.dropped:,} dropped"] if finding.dropped else []
-        says += [f"{left:,} left as they are"] if left else []
-        yield Text(f"--fix: {', '.join(says)}", style="green" if finding.dropped else "dim")
+        if left and finding.severity != "info":
+            says.append(f"{left:,} left as they are")
+        if says:
+            yield Text(f"--fix: {', '.join(says)}", style="green" if finding.dropped else "dim")
 
 
 def _verdict(diagnosis: Any, fixed: str | None) -> Any:

@@ -341,7 +341,7 @@ def test_near_duplicates_across_the_split_that_training_makes(tokenizer):
 
 def test_what_many_prompts_share_makes_none_alike(tokenizer):
     """A long system turn; and copies of a near-duplicate are duplicates, not more of them."""
-    system = "You are a helpful assistant, and answer at length whatever you are asked. " * 9
+    system = " ".join(question(n) for n in range(50, 70))
     rows = [row(question(n), system=system) for n in range(5)]
     again = f"{question(9)} and some more of it to be long enough"
     rows += [row(again + end) for end in ("", "!", "!")]
