@@ -361,3 +361,57 @@ def test_what_is_given_is_not_imitated_and_decides_what_is_held_out():
     opened = {"prompt": [{"role": "assistant", "content": "hi"}, *roles("q")], "completion": "a"}
     assert [turn.content for turn in one(opened).turns] == ["hi", "q", "a"], "given as it is"
     assert one(opened).prompt == one(opened).turns[:2]
+
+
+# --- preferences and tools -----------------------------------------------------------------------
+
+
+def test_of_preferences_in_any_shape_the_best_response_is_imitated():
+    listed = [
+        {"prompt": "q", "responses": ["OK", "GOOD", "BAD"], "scores": [2, 3, None]},
+        {"prompt": "q", "responses": ["tied", "tied too"], "scores": [2, 2]},
+        {"prompt": "q", "responses": ["GOOD", "BAD"], "scores": [0, None]},
+    ]
+    dialogues = load_dialogues(listed)
+    assert list(dialogues) == [replace(said("q", "GOOD"), context=1)] * 2
+    assert dialogues.report.dropped == {"tie": 1} and "imitated" in dialogues.report.reason
+    choices = [
+        {"prompt": "q", "response_a": "BAD", "response_b": "GOOD", "winner": winner}
+        for winner in ("b", "tie", "b", "b")
+    ]
+    dialogues = load_dialogues(choices)
+    assert list(dialogues) == [replace(said("q", "GOOD"), context=1)] * 3
+    assert dialogues.report.dropped == {"tie": 1}
+
+
+def test_messages_beside_preferences_are_what_is_imitated():
+    pair = {"chosen": roles("q", "GOOD"), "rejected": roles("q", "BAD")}
+    row = {"prompt": "q", "messages": roles("q", "GOOD"), **pair}
+    dialogues = load_dialogues([row] * 3)
+    assert list(dialogues) == [said("q", "GOOD")] * 3 and dialogues.report.schema == "messages"
+
+
+def test_tools_are_the_first_turn_and_calls_are_imitated():
+    call = {"name": "f", "arguments": {"x": 1}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": call}]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": json.dumps(tools),
+        "system": "S",
+    }
+    turns = one(row).turns
+    order = ["tools", "system", "user", "tool_calls", "tool", "assistant"]
+    assert [turn.role for turn in turns] == order
+    assert json.loads(turns[0].content) == tools
+    assert json.loads(turns[3].content)[0]["arguments"] == {"x": 1}
+    assert one(row).prompt == turns[:3]
+    only = {**row, "messages": row["messages"][:2]}
+    assert one(only).turns == turns[:4]
+    asked = {"prompt": "q", "tools": tools, "completion": row["messages"][1:2]}
+    assert [turn.role for turn in one(asked).turns] == ["tools", "user", "tool_calls"]
+    assert one(asked).context == 2

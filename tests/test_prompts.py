@@ -175,3 +175,20 @@ def test_real_pairs(hh_path):
     prompts, pairs = load_prompts(hh_path), load_preferences(hh_path)
     want = list({json.dumps(pair.prompt): pair.prompt for pair in pairs}.values())
     assert list(prompts) == want and len(prompts) == 1497
+
+
+def test_tools_lists_and_serialised_turns():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (prompt,) = load_prompts([{"prompt": "Why?", "tools": tools, "system": "S"}])
+    assert [turn.role for turn in prompt] == ["tools", "system", "user"]
+    serial = "How?\n<extra_id_1>Assistant\nThus.\n<extra_id_1>User\nWhy?"
+    scored = [{"prompt": serial, "response": text, "helpfulness": 1} for text in "ab"]
+    asked = [*user("How?"), Message("assistant", "Thus."), *user("Why?")]
+    assert list(load_prompts(scored)) == [asked]
+    listed = [
+        {"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]},
+        {"prompt": "b", "responses": ["x", "y"], "scores": [1, None]},  # asked all the same
+    ]
+    assert list(load_prompts(listed)) == [user("a"), user("b")]
+    unrated = [{"prompt": "a", "responses": ["x", "y"]}]
+    assert list(load_prompts(unrated)) == [user("a")]

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt import InputError
+from prefopt.command_inputs import pairs_or_dialogues, pairs_or_feedback, pairs_or_rankings
 from prefopt.data.encode import encode_pairs
 from prefopt.data.encode_rankings import encode_rankings
 from prefopt.data.rankings import load_rankings
-from prefopt.data.records import Message, Pair, Ranking
+from prefopt.data.records import Candidates, Message, Pair, Ranking
 from prefopt.data.sources import load_preferences
 
 
@@ -212,3 +213,65 @@ def test_best_first_no_two_equal_and_every_response_accounted_for(rated):
 def test_a_pair_with_a_source_keeps_it():
     pair = Pair(QUESTION, answer("a"), answer("b"), margin=2.0, source="there")
     assert load_rankings([pair])[0].source == "there"
+
+
+def test_rankings_and_candidates_are_a_source_of_both():
+    ranked = [Ranking(QUESTION, [answer("a"), answer("b"), answer("c")], "here")]
+    two = load_preferences(ranked, pairing="adjacent")
+    assert [(texts_of(p.chosen), texts_of(p.rejected), p.margin, p.source) for p in two] == [
+        ("a", "b", 1.0, "here"),
+        ("b", "c", 1.0, "here"),
+    ]
+    rated = [
+        Candidates(QUESTION, [answer("b"), answer("x"), answer("a")], [1.0, float("nan"), 2.0])
+    ]
+    found = load_rankings(rated)
+    assert list(found) == [Ranking(QUESTION, [answer("a"), answer("b")])]
+    assert found.report.notes == ["responses left out because they have no score: 1"]
+
+
+def test_a_tie_of_two_is_no_ranking_and_a_soft_one_neither():
+    pair = Pair(QUESTION, answer("a"), answer("b"), preference=0.5)
+    found = load_rankings([pair, Pair(QUESTION, answer("a"), answer("b"))])
+    assert len(found) == 1 and set(found.report.dropped_at.values()) == {"[0]"}
+    rows = [
+        {"prompt": "q", "response_a": "GOOD", "response_b": "BAD", "winner": winner}
+        for winner in ("a", "tie", "a")
+    ]
+    found = load_rankings(rows)
+    assert [texts(r) for r in found] == [["GOOD", "BAD"]] * 2 and found.report.kept == 2
+    assert "rankings of two" in found.report.reason
+
+
+def texts_of(turns):
+    return turns[-1].content
+
+
+ROWS = {
+    "pairs": [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+    "choices": [{"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}],
+    "lists": [{"prompt": "q", "responses": ["a", "b"], "scores": [2, 1]}],
+    "scored": [{"prompt": "q", "response": t, "score": s} for t, s in (("a", 2), ("b", 1))],
+    "labelled": [{"prompt": "q", "completion": t, "label": t == "a"} for t in "ab"],
+    "talks": [{"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]}],
+    "texts": [{"text": "once upon a time"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("load", "kinds"),
+    [
+        (pairs_or_rankings, "Pair Pair Ranking Ranking Ranking - -"),
+        (pairs_or_dialogues, "Pair Pair Pair Dialogue Dialogue Dialogue Dialogue"),
+        (pairs_or_feedback, "Pair Pair Pair Pair Feedback - -"),
+    ],
+)
+def test_what_each_command_makes_of_rows(load, kinds):
+    for rows, kind in zip(ROWS.values(), kinds.split(), strict=True):
+        if kind == "-":
+            with pytest.raises(InputError):
+                load(rows)
+        else:
+            assert {type(record).__name__ for record in load(rows)} == {kind}
+    with pytest.raises(InputError, match="does not have"):
+        load(ROWS["pairs"], columns={"prompt": "promt"})
