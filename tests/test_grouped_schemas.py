@@ -352,6 +352,9 @@ def test_one_response_that_was_scored_several_times_has_the_mean():
     rows = [{"prompt": "q", "response": text, "score": score} for text, score in rows]
     (pair,) = load_preferences(rows)
     assert texts(pair) == ("GOOD", "BAD", 0.5)
+    alone = [{"prompt": "p", "response": "same", "score": score} for score in (1, 2)]
+    report = load_preferences([*rows, *alone]).report
+    assert report.dropped == {"only one response to its prompt": 2} and report.kept == 6
 
 
 def test_scores_of_two_kinds_are_refused():

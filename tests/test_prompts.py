@@ -192,3 +192,10 @@ def test_tools_lists_and_serialised_turns():
     assert list(load_prompts(listed)) == [user("a"), user("b")]
     unrated = [{"prompt": "a", "responses": ["x", "y"]}]
     assert list(load_prompts(unrated)) == [user("a")]
+
+
+def test_conversations_without_a_question():
+    speak = {"role": "assistant", "content": "Hi."}
+    prompts = load_prompts([{"messages": talk} for talk in ([], [speak], CHAT[1:2])])
+    assert list(prompts) == [user("Hello")]
+    assert prompts.report.dropped == {"the prompt is empty": 2}

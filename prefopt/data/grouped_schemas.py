@@ -162,8 +162,9 @@ def _gather(schema: Schema) -> Schema:
         groups = _Groups()
         yield from _gathered(rows, schema, groups)
         for where, group in groups:
-            alone = "only one response to its prompt"
-            yield Item(where, alone if len(group) < 2 else _mean_scores(group), len(group))
+            made = _mean_scores(group)
+            alone = "only one response to its prompt" if len(made.responses) < 2 else None
+            yield Item(where, alone or made, len(group))
 
     return schema._replace(gather=gather)
 

@@ -114,7 +114,8 @@ PROMPTS: list[Schema] = [
 
 def _of_item(record: Any) -> list[Any]:
     """The prompts of a record, or of several, or why there is none."""
-    records = record if isinstance(record, list) and isinstance(record[0], Candidates) else [record]
+    several = isinstance(record, list) and record and isinstance(record[0], Candidates)
+    records = record if several else [record]
     return [one.prompt if isinstance(one, Pair | Candidates) else one for one in records]
 
 
