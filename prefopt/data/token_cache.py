@@ -81,9 +81,12 @@ def identity(tokenizer: Any) -> list[Any]:
     import tokenizers
     import transformers
 
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    core |= {"padding": None, "truncation": None}  # off, and left behind by earlier calls
-    written = json.dumps(core, sort_keys=True).encode()
+    core = tokenizer.backend_tokenizer
+    if core.padding or core.truncation:  # which encoding turns off
+        core = tokenizers.Tokenizer.from_str(core.to_str())
+        core.no_padding()
+        core.no_truncation()
+    written = core.to_str().encode()
     template = tokenizer.chat_template
     today = date.today().isoformat() if "strftime_now" in str(template) else None
     kind = type(tokenizer)

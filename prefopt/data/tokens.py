@@ -67,9 +67,12 @@ class TextTokenizer:
             list(dict.fromkeys(head for heads, _ in parts.values() for head in heads))
         )
         new = list(set().union(*(words for _, words in parts.values())) - known.keys())
-        fresh = self._ids([" " + word for word in new])
+        core = self.tokenizer.backend_tokenizer  # as `_ids`, which has turned padding off
+        fresh = core.encode_batch_fast([" " + word for word in new], add_special_tokens=False)
         here = known if len(known) < WORDS else known.copy()
-        here.update(zip(new, fresh.values(), strict=True))
+        here.update(
+            (w, np.array(e.ids, np.int32).tobytes()) for w, e in zip(new, fresh, strict=True)
+        )
         return {
             piece: b"".join([*(heads[head] for head in first), *map(here.__getitem__, words)])
             for piece, (first, words) in parts.items()

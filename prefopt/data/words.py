@@ -33,10 +33,10 @@ _KNOWN = {
 
 def has_words(tokenizer: Any) -> bool:
     """Whether a text may be cut in front of every WORD."""
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    if core["normalizer"] not in (None, {"type": "NFC"}):
+    core = tokenizer.backend_tokenizer
+    normalizer, steps = _described(core.normalizer), _described(core.pre_tokenizer)
+    if normalizer not in ({}, {"type": "NFC"}):
         return False
-    steps = core["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     *first, last = steps
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
@@ -44,6 +44,11 @@ def has_words(tokenizer: Any) -> bool:
     if last["use_regex"]:  # that of GPT-2; SmolLM has digits apart
         return all(step.get("type") == "Digits" for step in first)
     return len(first) == 1 and _splits(first[0])
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """A part of a tokenizer as its file has it."""
+    return {} if part is None else json.loads(part.__getstate__())
 
 
 def _splits(step: dict[str, Any]) -> bool:
