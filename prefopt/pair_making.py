@@ -25,6 +25,7 @@ from prefopt.data.records import Candidates, Message, Pair
 from prefopt.data.schemas import RATED, TREES, Item
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Lines, Spool
+from prefopt.metrics import Progress
 from prefopt.rewards import Reward, RewardModel, combine, load_rewards, score
 from prefopt.round_files import spelled
 from prefopt.sampling import prompt_lengths
@@ -53,6 +54,7 @@ def make_pairs(
     empty: str = "keep",
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
+    quiet: bool = False,
 ) -> Spool[Row]:
     """Rows of preference pairs, as load_preferences reads them, each with its ``lineage``.
 
@@ -63,9 +65,9 @@ def make_pairs(
     response each, or preferences of any kind, whose own labels do not count.
 
     The other arguments are those of load_preferences. ``lineage`` holds `data`, `where` (file and
-    line), `schema`, `pairing`, `picks` (which two of the responses, from 0; of rows with one
-    response each which two rows) and `scores`, a pair of numbers by name (`data`, or the rewards),
-    with rewards also their `rewards` (what each is) and `combined` scores. ``.report`` counts rows
+    line), `schema`, `pairing`, `picks` (which two of the different responses to the
+    prompt, from 0) and `scores`, two numbers by name (`data`, or the rewards), with rewards also
+    `rewards` (what each is) and their `combined` scores. ``.report`` counts rows
     and reasons. Raises InputError for what cannot be read, rewards that fail, and where no pair is
     left.
     """
@@ -77,7 +79,7 @@ def make_pairs(
     else:
         judges = load_rewards(rewards, reward_weights, dtype=dtype, device=device)
         report, items = read_items(source, split, columns, JUDGED)
-        items, scores = _judged(items, judges, reward_weights)
+        items, scores = _judged(items, judges, reward_weights, quiet)
     about: Row = {"data": report.source, "schema": report.schema, "pairing": pairing}
     if judges:
         about["rewards"] = {name: spelled(reward) for name, reward in judges.items()}
@@ -108,7 +110,10 @@ def _own_scores(choice: Choice) -> Row:
 
 
 def _judged(
-    items: Iterable[Item], judges: Mapping[str, Reward], weights: Mapping[str, float] | None
+    items: Iterable[Item],
+    judges: Mapping[str, Reward],
+    weights: Mapping[str, float] | None,
+    quiet: bool,
 ) -> tuple[Iterator[Item], Callable[[Item, Choice], Row]]:
     """(the items with what the rewards say as scores, in `scores` and `combined` of a choice).
 
@@ -116,19 +121,23 @@ def _judged(
     """
     lines, scores = Lines(), {name: array("d") for name in judges}
     items = iter(items)
-    while chunk := list(islice(items, CHUNK)):
-        prompts, texts = [], []
-        for item in chunk:
-            record = item.record if isinstance(item.record, str) else _responses(item.record)
-            record = _no_room(record, judges) or record
-            lines.append(json.dumps([item.where, item.rows, record]).encode())
-            for prompt, responses, _ in [] if isinstance(record, str) else record:
-                prompts += [prompt + turns[:-1] for turns in responses]
-                texts += [turns[-1].content for turns in responses]
-        for name, reward in judges.items() if texts else ():
-            scores[name].extend(score(reward, name, prompts, texts))
+    with Progress(quiet=quiet) as progress:
+        progress.phase("rewards", None)
+        while chunk := list(islice(items, CHUNK)):
+            prompts, texts = [], []
+            for item in chunk:
+                record = item.record if isinstance(item.record, str) else _responses(item.record)
+                record = _no_room(record, judges) or record
+                lines.append(json.dumps([item.where, item.rows, record]).encode())
+                for prompt, responses, _ in [] if isinstance(record, str) else record:
+                    prompts += [prompt + turns[:-1] for turns in responses]
+                    texts += [turns[-1].content for turns in responses]
+            for name, reward in judges.items() if texts else ():
+                scores[name].extend(score(reward, name, prompts, texts))
+            progress.update(len(lines))
+    known = any(map(len, scores.values()))
     scales = {name: getattr(reward, "score_stats", None) for name, reward in judges.items()}
-    combined = array("d", combine(scores, weights, scales=scales) if lines else [])
+    combined = array("d", combine(scores, weights, scales=scales) if known else [])
     starts = dict[int, int]()  # of the records of the item at hand
 
     def rated() -> Iterator[Item]:

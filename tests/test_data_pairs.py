@@ -269,6 +269,8 @@ def test_rewards_that_fail(reward, message):
 def test_nothing_to_judge_and_nothing_left():
     with pytest.raises(InputError, match="No usable pair among the 1 rows"):
         make_pairs([UNRATED[1]], length)
+    with pytest.raises(InputError, match="No usable pair among the 2 rows"):
+        make_pairs([UNRATED[3], UNRATED[5]], {"a": length, "b": vowels})
     with pytest.raises(InputError, match="says which response is better"):
         make_pairs(UNRATED)
     with pytest.raises(InputError, match="min_gap is -1"):
