@@ -39,6 +39,8 @@ def inspect(
     from prefopt.data_report import show_inspection
 
     _check_json(json)
+    if rows < 0:
+        raise InputError(f"rows is {rows}; it is how many pairs to show, 0 or more")
     pairs = _pairs(data, split, columns, reading)
     options: dict[str, Any] = {"max_length": max_length, "template": template}
     tokenizer = _tokenizer(model)
@@ -143,7 +145,10 @@ def _held_out(asked: str | None, pairs: Any, data: str, split: str | None, colum
     if asked is not None and Path(asked).expanduser().exists():
         return HeldOut(asked, load_prompts(asked))
     if asked is not None:
-        return HeldOut(asked, _pairs(data, asked, columns, Reading(ties="keep")))
+        other = _pairs(data, asked, columns, Reading(ties="keep"))
+        if other.report.source == pairs.report.source and data != "embedded":
+            raise InputError(f"--held_out {asked} is what --data reads already; name another split")
+        return HeldOut(asked, other)
     for name in _other_splits(pairs.report.source, split):
         try:
             return HeldOut(name, _pairs(data, name, columns, Reading(ties="keep")))

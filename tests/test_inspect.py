@@ -240,4 +240,18 @@ def test_lengths_and_histogram(file, tokenizer):
 def test_inspect_of_pairs_that_all_fall_to_max_length(file, capsys):
     inspect(file, max_length=2, json="-")
     told = json.loads(capsys.readouterr().out)
-    assert told["encoding"]["kept"] == 0 and len(told["pairs_shown"]) == 2
+    assert told["encoding"] == {"max_length": 2, "kept": 0, "left out": 12}
+    assert all("left out, the prompt fills" in shown["says"] for shown in told["pairs_shown"])
+
+
+def test_settings_that_make_no_sense(file):
+    with pytest.raises(InputError, match="max_length=1 leaves no room"):
+        inspect(file, max_length=1)
+    with pytest.raises(InputError, match="rows is -1"):
+        inspect(file, rows=-1)
+    with pytest.raises(InputError, match="what --data reads already"):
+        doctor(file, held_out="train")
+    with pytest.raises(InputError, match="split='test'"):
+        doctor(file, held_out="test")
+    with pytest.raises(InputError, match="held-out fraction"):
+        doctor(file, eval_fraction=1.5)

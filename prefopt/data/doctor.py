@@ -203,8 +203,9 @@ class _Book:
         is one that is fixed. `like`: what an example resembles."""
         if not mask.any():
             return
-        first = np.flatnonzero(mask)[:EXAMPLES].tolist()
-        examples = [self.pairs.where(i) + (f" (like {like(i)})" if like else "") for i in first]
+        first = np.flatnonzero(mask)[: 4 * EXAMPLES].tolist()  # several may be of one row
+        where = (self.pairs.where(i) + (f" (like {like(i)})" if like else "") for i in first)
+        examples = list(dict.fromkeys(where))[:EXAMPLES]
         gone = mask if drop is None else drop
         gone = gone if CHECKS[check].fix else np.zeros_like(mask)
         self.drop |= gone
@@ -212,7 +213,7 @@ class _Book:
         count, dropped = int(mask.sum()), int(gone.sum())
         if read is not None:
             count, dropped = count + read.count, dropped + read.dropped
-            examples = [*read.examples, *examples]
+            examples = [*read.examples, *examples][:EXAMPLES]
         severity = CHECKS[check].severity
         self.findings[check] = Finding(
             check, severity, count, len(mask), "pairs", examples, detail, dropped

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.chunks import check_limits
 from prefopt.data.encode import encode_pairs, preview
 from prefopt.data.encoded import Encoded
 from prefopt.data.facts import UNLIMITED, prompt_text, spoken, token_facts
@@ -32,6 +33,7 @@ def overview(
     `histogram`: `bins` of tokens and per side how many pairs are in each. `encoding`: what
     `encode_pairs` counts at `max_length`.
     """
+    check_limits(tokenizer, max_length)
     characters, sources = np.zeros((len(pairs), 3), np.int64), Counter[str]()
     margins, preferences = [], []
     for i, pair in enumerate(pairs):
@@ -65,8 +67,8 @@ def _encoded(
     at = {"max_length": max_length}
     try:
         limited = encode_pairs(pairs, tokenizer, max_length=max_length, template=template)
-    except InputError as error:
-        return np.array(tokens), {**at, "kept": 0, str(error): len(pairs)}
+    except InputError:
+        return np.array(tokens), {**at, "kept": 0, "left out": len(pairs)}
     return np.array(tokens), {**at, "kept": len(limited), **limited.counts}
 
 
