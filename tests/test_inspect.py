@@ -237,10 +237,24 @@ def test_lengths_and_histogram(file, tokenizer):
     assert about["lengths"]["characters"]["chosen"]["max"] == 500
 
 
+@pytest.mark.parametrize("max_length", [16, 24, 40, 1024])
+def test_what_becomes_of_the_pairs_is_what_encoding_counts(max_length, file, tokenizer):
+    pairs = load_preferences(str(file))
+    told = overview(pairs, tokenizer, max_length=max_length)["encoding"]
+    encoded = encode_pairs(pairs, tokenizer, max_length=max_length)
+    assert told["kept"] == len(encoded)
+    filled = encoded.counts.get("dropped: prompt fills max_length", 0)
+    assert told.get("left out, the prompt fills max_length", 0) == filled
+    same = encoded.counts.get("dropped: identical after truncation", 0)
+    assert told.get("left out, the difference is cut off", 0) == same
+    cut = told.get("with a truncated response", 0)
+    assert cut <= encoded.counts["truncated"] <= 2 * cut
+
+
 def test_inspect_of_pairs_that_all_fall_to_max_length(file, capsys):
     inspect(file, max_length=2, json="-")
     told = json.loads(capsys.readouterr().out)
-    assert told["encoding"] == {"max_length": 2, "kept": 0, "left out": 12}
+    assert told["encoding"] == {"max_length": 2, "left out, the prompt fills max_length": 12}
     assert all("left out, the prompt fills" in shown["says"] for shown in told["pairs_shown"])
 
 

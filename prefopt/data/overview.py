@@ -31,7 +31,7 @@ def overview(
 
     `lengths`: unit -> side -> mean, quantiles and maximum; tokens of a response include its EOS.
     `histogram`: `bins` of tokens and per side how many pairs are in each. `encoding`: what
-    `encode_pairs` counts at `max_length`.
+    becomes of the pairs at `max_length`.
     """
     check_limits(tokenizer, max_length)
     characters, sources = np.zeros((len(pairs), 3), np.int64), Counter[str]()
@@ -60,16 +60,21 @@ def overview(
 
 def _encoded(
     pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(tokens [n, 3] before truncation, what encoding at max_length counts)."""
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(tokens [n, 3] before truncation, how many pairs encoding at max_length keeps, and why not
+    the others)."""
     encoded = encode_pairs(pairs, tokenizer, max_length=UNLIMITED, template=template)
-    tokens = [[len(e.prompt), *map(len, e.responses)] for e in encoded]
-    at = {"max_length": max_length}
-    try:
-        limited = encode_pairs(pairs, tokenizer, max_length=max_length, template=template)
-    except InputError:
-        return np.array(tokens), {**at, "kept": 0, "left out": len(pairs)}
-    return np.array(tokens), {**at, "kept": len(limited), **limited.counts}
+    facts = token_facts(len(pairs), encoded, tokenizer, max_length)
+    left_out = facts.no_room | facts.difference_cut
+    counts = {
+        "max_length": max_length,
+        "kept": int((~facts.dropped & ~left_out).sum()),
+        "with a truncated response": int((facts.cut & ~left_out).sum()),
+        "left out, the prompt fills max_length": int(facts.no_room.sum()),
+        "left out, the difference is cut off": int(facts.difference_cut.sum()),
+        **{name: count for name, count in encoded.counts.items() if name != "truncated"},
+    }
+    return facts.tokens[~facts.dropped], {name: n for name, n in counts.items() if n}
 
 
 def _first(sources: Counter[str]) -> dict[str, int]:
