@@ -202,6 +202,8 @@ def varied(row, rng):
     for key, verdicts in VERDICTS.items():
         if key in row:
             row[key] = rng.choice(verdicts)
+    if "label" in row:
+        row["completion"] = f"a {row['label']}"
     if "summary" in row:
         row["summary"] |= {"text": f" a {n}", "axes": {"overall": n % 7}}
     for key in ("prompt", "question", "instruction", "history", "message_id", "response"):

@@ -629,3 +629,10 @@ def test_split_fraction_is_about_right_and_checked():
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match=r"\[0, 1\)"):
             split_pairs(pairs, fraction)
+
+
+def test_a_stray_column_does_not_hide_what_the_others_have():
+    rows = [{"question": f"q{i}", "chosen": "GOOD", "rejected": "BAD"} for i in range(30)]
+    rows[3] = {**rows[3], "prompt": "stray"}
+    pairs = load_preferences(rows)
+    assert len(pairs) == 30 and pairs[3] == simple("q3", "GOOD", "BAD")

@@ -11,12 +11,15 @@ from prefopt.data.schemas import RowDict, Schema, Within
 from prefopt.errors import InputError
 
 Columns = Mapping[str, str | None]
+Keys = Mapping[str, int]  # the columns of the rows that were looked at, and how many have each
+STRAY = 10
 # Where a column under the canonical name itself does not settle it: which responses are meant.
 STRICT = {"chosen", "rejected", "response_a", "response_b", "responses"}
 
 
-def resolve(schema: Schema, keys: Sequence[str], columns: Columns) -> dict[str, str | None]:
-    """Canonical name -> the column that holds it: the one in `columns`, else the best known one.
+def resolve(schema: Schema, keys: Keys, columns: Columns) -> dict[str, str | None]:
+    """Canonical name -> the column that holds it: the one in `columns`, else the best known one of
+    those that are not stray: ten times as many rows have another.
 
     A None hides a column: one in `columns`, or one that goes by a canonical name but is read under
     another.
@@ -31,7 +34,7 @@ def resolve(schema: Schema, keys: Sequence[str], columns: Columns) -> dict[str, 
 
 
 def _readings(
-    schema: Schema, keys: Sequence[str], columns: Columns
+    schema: Schema, keys: Keys, columns: Columns
 ) -> Iterator[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
     """(canonical names, the columns that may hold them, best known first): names that go together,
     then each of the others; those in `columns` are settled."""
@@ -43,6 +46,8 @@ def _readings(
             continue
         called = zip(*(schema.names[key] or (key,) for key in group), strict=True)
         options = [two for two in called if all(key in keys and key not in used for key in two)]
+        most = max((_rows(keys, two) for two in options), default=0)
+        options = [two for two in options if STRAY * _rows(keys, two) >= most]
         if ("instruction",) in options and "input" in schema.names:
             options = [one for one in options if one != ("input",)]
         if options:
@@ -50,7 +55,12 @@ def _readings(
         yield group, options
 
 
-def check_rivals(schema: Schema, keys: Sequence[str], columns: Columns, source: str) -> None:
+def _rows(keys: Keys, names: tuple[str, ...]) -> int:
+    """How many rows have all of these columns, at most."""
+    return min(keys[name] for name in names)
+
+
+def check_rivals(schema: Schema, keys: Keys, columns: Columns, source: str) -> None:
     """InputError where several columns may hold the same thing."""
     for group, options in _readings(schema, keys, columns):
         if len(options) < 2 or not (STRICT & set(group) or group not in options):
@@ -87,7 +97,7 @@ def apply_columns(row: RowDict, columns: Columns) -> RowDict:
     return out
 
 
-def check_columns(columns: Columns, keys: Sequence[str], source: str, names: Sequence[str]) -> None:
+def check_columns(columns: Columns, keys: Keys, source: str, names: Sequence[str]) -> None:
     """InputError unless `columns` maps canonical names to columns that the source has."""
     for canonical, name in columns.items():
         if canonical not in names:
@@ -98,7 +108,7 @@ def check_columns(columns: Columns, keys: Sequence[str], source: str, names: Seq
         if name is not None and name not in keys and not isinstance(name, Within):
             raise InputError(
                 f"columns= takes {canonical!r} from {name!r}, which {source!r} does not have"
-                f"{nearest(name, keys)}: its columns are {', '.join(keys)}."
+                f"{nearest(name, list(keys))}: its columns are {', '.join(keys)}."
             )
 
 
@@ -107,7 +117,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f" (nearest: {near[0]!r})" if near else ""
 
 
-def within(columns: Columns, keys: Sequence[str], sample: Sequence[RowDict]) -> Columns:
+def within(columns: Columns, keys: Keys, sample: Sequence[RowDict]) -> Columns:
     """`columns`, with what is no column but a key of objects within one marked as that: what a
     response is rated by (`Within`) may stand there."""
     rated = [key for key in ("scores", "ranks", "score") if columns.get(key) not in (None, *keys)]

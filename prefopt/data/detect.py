@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from prefopt.data.choice_schemas import CHOICE_SCHEMAS, SIDES
 from prefopt.data.columns import (
     Columns,
+    Keys,
     apply_columns,
     check_columns,
     check_rivals,
@@ -50,7 +52,7 @@ def detect(
     columns: Columns,
     name: str,
     schemas: Sequence[Schema] = SCHEMAS,
-    unfit: Callable[[Sequence[RowDict], Columns, Sequence[str], str], str] | None = None,
+    unfit: Callable[[Sequence[RowDict], Columns, Keys, str], str] | None = None,
 ) -> Decision:
     """Which schema reads these rows, by vote over the sample (the first rows of source `name`).
 
@@ -61,7 +63,7 @@ def detect(
     Raises InputError for that, when `columns` names what is not there, when the names leave open
     which columns are meant, and when another schema reads as many rows, but not the same ones.
     """
-    keys = list(dict.fromkeys(str(key) for row in sample for key in row))
+    keys = Counter(str(key) for row in sample for key in row)
     canonical = list(dict.fromkeys(key for schema in schemas for key in schema.names))
     columns = within(columns, keys, sample)
     check_columns(columns, keys, name, canonical)
@@ -90,9 +92,7 @@ def detect(
     return Decision(schema, f"{how} (so in {looked})", found)
 
 
-def _fit(
-    schema: Schema, sample: Sequence[RowDict], keys: list[str], columns: Columns
-) -> _Fit | None:
+def _fit(schema: Schema, sample: Sequence[RowDict], keys: Keys, columns: Columns) -> _Fit | None:
     """The columns that the schema reads and how many rows of the sample it does; None for none."""
     found = resolve(schema, keys, columns)
     if any(found.get(key) is None for key in schema.needs):
@@ -172,9 +172,7 @@ def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
     yield from unreadable
 
 
-def _nothing_fits(
-    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], source: str
-) -> str:
+def _nothing_fits(sample: Sequence[RowDict], columns: Columns, keys: Keys, source: str) -> str:
     """What the rows have, what they would need, and a `columns=` where the names suggest one."""
     for schema in CHOICE_SCHEMAS:
         found = resolve(schema, keys, columns)

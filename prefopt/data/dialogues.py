@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefopt.data.columns import Columns
+from prefopt.data.columns import Columns, Keys
 from prefopt.data.dialogue_schemas import CHOSEN, DIALOGUES, IMITATED, from_preference
 from prefopt.data.records import (
     SPOKEN,
@@ -65,9 +65,7 @@ def load_dialogues(
     return _collect(((item.where, item.record, item.rows) for item in items), report)
 
 
-def _nothing_fits(
-    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], name: str
-) -> str:
+def _nothing_fits(sample: Sequence[RowDict], columns: Columns, keys: Keys, name: str) -> str:
     """What the rows have, what they would need, and a `columns=` where the names suggest one."""
     known = {key for schema in DIALOGUES for key in schema.needs} | {"chosen", "rejected"}
     here = {key: columns.get(key, key) for key in sorted(known)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prefopt.data.columns import Columns, nearest
+from prefopt.data.columns import Columns, Keys, nearest
 from prefopt.data.grouped_schemas import LABELLED_ROWS, Rated, read_labelled
 from prefopt.data.records import DataReport, Feedback, Message
 from prefopt.data.schemas import RowDict, Schema
@@ -39,15 +39,13 @@ def load_feedback(
     return _collect(((item.where, _feedback(item.record)) for item in items), report)
 
 
-def _nothing_fits(
-    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], name: str
-) -> str:
+def _nothing_fits(sample: Sequence[RowDict], columns: Columns, keys: Keys, name: str) -> str:
     missing = [
         key
         for key in FEEDBACK.needs
         if not {columns.get(key), *(FEEDBACK.names[key] or (key,))} & set(keys)
     ]
-    near = "".join(nearest(key, keys) for key in missing)
+    near = "".join(nearest(key, list(keys)) for key in missing)
     return (
         f"The rows of {name!r} lack {' and '.join(map(repr, missing))}{near}: found "
         f"{', '.join(keys) or 'no column'}; single responses need 'prompt', 'completion' and "

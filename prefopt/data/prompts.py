@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.columns import Columns, nearest
+from prefopt.data.columns import Columns, Keys, nearest
 from prefopt.data.conversations import read_prompt
 from prefopt.data.detect import SCHEMAS
 from prefopt.data.dialogue_schemas import DIALOGUES
@@ -61,12 +61,10 @@ def load_prompts(
 # --- which shape -------------------------------------------------------------------------------
 
 
-def _nothing_fits(
-    sample: Sequence[RowDict], columns: Columns, keys: Sequence[str], name: str
-) -> str:
+def _nothing_fits(sample: Sequence[RowDict], columns: Columns, keys: Keys, name: str) -> str:
     known = {key for schema in PROMPTS for key in schema.needs}
     near = [f"{key!r}{nearest(key, sorted(known))}" for key in keys]
-    example = {"prompt": keys[0] if keys else "..."}
+    example = {"prompt": next(iter(keys), "...")}
     return (
         f"The rows of {name!r} hold no prompt: found {', '.join(near) or 'no column'}; needed "
         f"is one of {', '.join(map(repr, ASKED))} (a text or a message list), 'messages', or "
