@@ -636,3 +636,9 @@ def test_a_stray_column_does_not_hide_what_the_others_have():
     rows[3] = {**rows[3], "prompt": "stray"}
     pairs = load_preferences(rows)
     assert len(pairs) == 30 and pairs[3] == simple("q3", "GOOD", "BAD")
+
+
+def test_a_data_frame_is_a_source():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(PLAIN)
+    assert list(load_preferences(frame)) == list(load_preferences(PLAIN))

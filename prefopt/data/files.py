@@ -59,10 +59,12 @@ def open_rows(source: Any, split: str | None = None) -> Rows:
         raise InputError(_missing(path))
     if type(source).__module__.split(".")[0] == "datasets":
         return _open_dataset(source, split, "the data set")
+    if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "to_dict"):
+        source = source.to_dict("records")  # a DataFrame iterates over the names of its columns
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise InputError(
             f"Cannot read rows from a {type(source).__name__}: give a path, a hub id, a "
-            "datasets.Dataset or a list of dicts."
+            "datasets.Dataset, a DataFrame or a list of dicts."
         )
     name = f"{type(source).__name__} of rows"
     return Rows(name, _not_empty(name, _object_rows(source)))
