@@ -139,7 +139,7 @@ def _tokenizer(model: str) -> Any:
 
 def _held_out(asked: str | None, pairs: Any, data: str, split: str | None, columns: Any) -> Any:
     """The prompts of --held_out, or of the first other split of --data that there is."""
-    from prefopt.data.doctor import HeldOut
+    from prefopt.data.leaks import HeldOut
     from prefopt.data.prompts import load_prompts
 
     if asked is not None and Path(asked).expanduser().exists():

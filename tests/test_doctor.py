@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefopt import loading
-from prefopt.data import clean, doctor
+from prefopt.data import clean, doctor, leaks
 from prefopt.data.checks import CHECKS
 from prefopt.data.encode import encode_pairs
 from prefopt.data.prompts import load_prompts
@@ -312,7 +312,7 @@ def test_prompts_that_are_held_out(tmp_path, tokenizer):
     asked = [question(1), question(2) + " indeed, and some more of it to make it long enough"]
     held.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
     rows = [row(asked[0].upper()), row(asked[1] + "?"), row(question(3)), row(asked[0], "x" * 20)]
-    against = doctor.HeldOut("held.jsonl", load_prompts(str(held)))
+    against = leaks.HeldOut("held.jsonl", load_prompts(str(held)))
     diagnosis = examine(rows, tokenizer, held_out=against)
     at = {f.check: f.examples for f in diagnosis.findings}
     assert at["held-out prompts"] == [f"[0] (like {held}:1)", f"[3] (like {held}:1)"]

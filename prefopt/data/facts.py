@@ -31,9 +31,10 @@ _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6})
 # U+FFFD and NUL, and UTF-8 that was read as Latin-1 or CP-1252.
 _DAMAGED = ("\ufffd", "\x00", "\u00e2\u20ac", "\u00c3\u00a9", "\u00c3\u00a8", "\u00c3\u00bc")
 _OWN = {"user": "Human", "assistant": "Assistant"}
-MARKS = (
-    *("empty chosen", "empty rejected", "short reply", "empty prompt", "parts early"),
-    *("role marker", "line marker", "alternation", "special token", "entity", "damaged"),
+MARKS = (  # the checks of `checks.CHECKS` that look at the texts of one pair
+    *("empty chosen response", "empty rejected response", "very short replies", "empty prompts"),
+    *("parting early", "roles do not alternate", "role markers inside turns"),
+    *("single-newline markers", "special tokens in texts", "HTML entities", "damaged text"),
 )
 
 
@@ -129,15 +130,15 @@ def _marks(pair: Pair, special: Sequence[str]) -> Iterable[str]:
     replies = [spoken(side).strip() for side in (pair.chosen, pair.rejected)]
     turns = [*pair.prompt, *pair.chosen, *pair.rejected]
     if not replies[0]:
-        yield "empty chosen"
+        yield "empty chosen response"
     if not replies[1]:
-        yield "empty rejected"
+        yield "empty rejected response"
     if any(reply and len(reply) < SHORT for reply in replies):
-        yield "short reply"
+        yield "very short replies"
     if not any(m.content.strip() for m in pair.prompt if m.role == "user"):
-        yield "empty prompt"
+        yield "empty prompts"
     if any(m.role not in SPOKEN for m in (*pair.chosen, *pair.rejected)):
-        yield "parts early"
+        yield "parting early"
     bodies, repeated = [], False
     for role, content in turns:
         body = _without_repeats(role, content)
@@ -146,18 +147,18 @@ def _marks(pair: Pair, special: Sequence[str]) -> Iterable[str]:
     if repeated or any(
         not _alternates([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected)
     ):
-        yield "alternation"
+        yield "roles do not alternate"
     everything = "\x1e".join(bodies)
     if any(marker in everything for marker in MARKERS):
-        yield "role marker"
+        yield "role markers inside turns"
         if _LINE_MARKER.search(everything):
-            yield "line marker"
+            yield "single-newline markers"
     if any(token in everything for token in special):
-        yield "special token"
+        yield "special tokens in texts"
     if "&" in everything and _ENTITY.search(everything):
-        yield "entity"
+        yield "HTML entities"
     if any(sign in everything for sign in _DAMAGED):
-        yield "damaged"
+        yield "damaged text"
 
 
 def _without_repeats(role: str, content: str) -> str:
