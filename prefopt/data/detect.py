@@ -206,6 +206,7 @@ def _nothing_fits(sample: Sequence[RowDict], columns: Columns, keys: Keys, sourc
     schema = PAIR_SCHEMAS[0]
     found = resolve(schema, keys, columns)
     missing = [key for key in ("chosen", "rejected") if found.get(key) is None]
+    missing = [key for key in missing if columns.get(key, key) not in keys] or missing
     rows = [apply_columns(row, found) for row in sample]
     texts = any(isinstance(row.get("chosen"), str) for row in rows)
     if not missing and found.get("prompt") is None and texts:
