@@ -136,7 +136,11 @@ def _tokens(book: Book, tokenizer: Any, max_length: int, template: str) -> Token
         book.note("nothing to encode", np.ones(len(book.pairs), bool), detail=str(error))
         return None
     tokens = token_facts(len(book.pairs), encoded, tokenizer, max_length)
-    why = [f"{k.removeprefix('dropped: ')} ({n:,})" for k, n in encoded.counts.items() if "dr" in k]
+    why = [
+        f"{k.removeprefix('dropped: ')} ({n:,})"
+        for k, n in encoded.counts.items()
+        if k.startswith("dropped")
+    ]
     book.note("same in tokens", tokens.dropped, detail="; ".join(why))
     book.note("no room for a response", tokens.no_room)
     book.note("whole difference cut off", tokens.difference_cut)
