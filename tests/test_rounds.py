@@ -396,7 +396,7 @@ def test_a_constant_reward_says_so_and_trains_nothing(bench):
     with pytest.raises(InputError) as caught:
         bench.run("out", lambda prompts, responses: [1.0] * len(responses))
     text = str(caught.value)
-    assert "of 3 answers to each of" in text and "equal scores" in text and "reward" in text
+    assert "of 3 answers to each of" in text and ", tie (" in text and "reward" in text
     assert not (bench.dir("out") / "round-1" / "model").exists()
 
 
