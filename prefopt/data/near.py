@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from heapq import nsmallest
 from typing import NamedTuple
 from zlib import crc32
 
@@ -28,7 +29,7 @@ SIMILAR = 0.8  # Jaccard similarity from which on two texts are near-duplicates
 BANDS, WIDTH = 20, 6  # of MinHash values
 NGRAM = 8  # words
 CONTAINED = 0.7  # share of a benchmark text's n-grams from which on it counts as contained
-COMPARED = 64  # most texts of one bucket that a text is compared with
+BUCKET, COMPARED = 64, 16  # most texts of one bucket, and of all, that a text is compared with
 _BLOCK = 4096  # shingles hashed at a time
 
 _random = np.random.default_rng(20)
@@ -76,7 +77,8 @@ def neighbours(
     """i -> a text j of similarity >= SIMILAR, for texts whose `band_keys` are keys [n, BANDS].
 
     j is an earlier text than i. With held [n] bool, i is one that is not held and j one that is.
-    Of the texts in one bucket each is compared with the first COMPARED only.
+    Of the first BUCKET texts in each of its buckets, a text is compared with the COMPARED that it
+    shares most buckets with: that bounds the work where thousands have much in common.
     """
     found: dict[int, int] = {}
     if not len(keys):
@@ -90,11 +92,12 @@ def neighbours(
             continue
         shared: Counter[int] = Counter()
         for order, first, last in buckets:
-            for j in order[first[i] : min(last[i], first[i] + COMPARED)].tolist():
+            for j in order[first[i] : min(last[i], first[i] + BUCKET)].tolist():
                 if held is None and j >= i:
                     break
                 shared[j] += 1
-        for j, _ in sorted(shared.items(), key=lambda item: (-item[1], item[0])):
+        closest = nsmallest(COMPARED, shared.items(), key=lambda item: (-item[1], item[0]))
+        for j, _ in closest:
             if jaccard(shingled(i), shingled(j)) >= SIMILAR:
                 found[i] = j
                 break
