@@ -158,24 +158,23 @@ class _Loop:
 
     def run(self, *, resumed: bool) -> None:
         plan, config = self.plan, self.config
-        held_out = list(self._batches(plan.held_out))
         self.log.truncate_after(self.step if resumed else -1)
         if resumed:
             rows = read_metrics(self.log.path)[0] if self.log.path.exists() else []
             self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
             self.elapsed = max((row.get("elapsed_s") or 0.0 for row in rows), default=0.0)
         else:
-            self._evaluate(held_out, "before")
+            self._evaluate("before")
             self._sample("before")
-        self._train(held_out)
+        self._train()
         if plan.steps % (config.eval_every or plan.steps) or not config.eval_every:
-            self._evaluate(held_out, "after")
+            self._evaluate("after")
         self._sample("after")
         if hasattr(self.objective, "finish"):
             self.objective.finish(self.policy, self._batches(plan.train[:FINISH_ITEMS]))
         self.run_dir.save_model(self.policy)
 
-    def _train(self, held_out: list[Batch]) -> None:
+    def _train(self) -> None:
         config, plan = self.config, self.plan
         warmup = warmup_steps(config.warmup, plan.steps)
         self.policy.train()
@@ -188,7 +187,7 @@ class _Loop:
             if step < self.step:
                 continue
             if step == self.step:  # the stop may have come before its evaluation was done
-                self._due(step, epoch, held_out)
+                self._due(step, epoch)
                 continue
             self.stop.check()
             factor = lr_factor(step - 1, plan.steps, warmup=warmup, schedule=config.schedule)
@@ -217,9 +216,9 @@ class _Loop:
                 self.log.write(row)
                 self.progress.update(step, row)
                 clock, work = time.perf_counter(), {"tokens": 0, "flops": 0.0}
-            self._due(step, epoch, held_out)
+            self._due(step, epoch)
 
-    def _due(self, step: int, epoch: float, held_out: list[Batch]) -> None:
+    def _due(self, step: int, epoch: float) -> None:
         """Evaluate and save where this step is one for it."""
         config, last = self.config, step == self.plan.steps
         if config.eval_every:
@@ -227,7 +226,7 @@ class _Loop:
         else:
             due = epoch == int(epoch) and not last
         if due:
-            self._evaluate(held_out, "after" if last else "during")
+            self._evaluate("after" if last else "during")
             self.progress.phase("train", self.plan.steps)
         if config.save_every and step % config.save_every == 0 and not last and step > self.saved:
             self._save()
@@ -268,14 +267,15 @@ class _Loop:
 
     # -- evaluation, samples, checkpoints
 
-    def _evaluate(self, held_out: list[Batch], stage: str) -> None:
+    def _evaluate(self, stage: str) -> None:
+        held_out = self.plan.held_out
         if not held_out or self.step in self.evaluated:
             return
         self.progress.phase("evaluate", len(held_out))
+        batches = self._with_reference(self._batches(held_out))
         result = evaluate(
-            self.policy, self._with_reference(iter(held_out)), self.objective,
-            on_batch=lambda _: self.stop.check(),
-        )  # fmt: skip
+            self.policy, batches, self.objective, on_batch=lambda _: self.stop.check()
+        )
         self.progress.update(len(held_out))
         row = {f"eval_{k}": v for k, v in result.metrics.items()}
         ends = (f"{name}_{end}" for name in ("accuracy", "perplexity") for end in ("low", "high"))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from prefopt.data.encode import encode_feedback, encode_pairs, preview
 from prefopt.data.encode_rankings import encode_rankings
@@ -126,6 +128,35 @@ def test_truncation_that_takes_the_difference_or_a_whole_side():
     assert encoded.counts[reason] == 1 and encoded.indices.tolist() == [1]
 
 
+def test_nothing_is_kept_behind_what_is_scored():
+    tokenizer = chat_tokenizer("chatml")
+    early = Pair(turns("q", first="user"), turns("a", "why", "b"), turns("c", "why", "b"))
+    (whole,) = encode_pairs([early], tokenizer)
+    sizes = set()
+    for room in range(1, len(whole.responses[0])):
+        (item,) = encode_pairs([early], tokenizer, max_length=len(whole.prompt) + room)
+        for response, mask, full, scored in zip(
+            item.responses, masks_of(item), whole.responses, masks_of(whole), strict=True
+        ):
+            last = int(np.flatnonzero(scored[:room])[-1]) + 1
+            assert response.tolist() == full[:last].tolist()
+            assert mask.tolist() == scored[:last].tolist()
+            sizes.add(last)
+    assert len(sizes) < len(whole.responses[0]) - 2
+
+
+def test_a_token_across_the_boundary_is_scored_on_both_sides():
+    """What the one response merges with the prompt's last token, the other one begins with."""
+    names = {token: i for i, token in enumerate(["!", "a", "b", "c", "d", "ab", "abc"])}
+    core = Tokenizer(models.BPE(vocab=names, merges=[("a", "b"), ("ab", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!")
+    pair = Pair(turns("dab", first="user"), turns("d", "b", "d"), turns("cd"))
+    (item,) = encode_pairs([pair], tokenizer, template="plain")
+    assert item.prompt.tolist() == [4]
+    assert [r.tolist() for r in item.responses] == [[5, 4, 2, 4, 0], [6, 4, 0]]
+    assert item.scored[0].tolist() == [True, True, False, True, True] and item.scored[1] is None
+
+
 def test_turns_that_the_template_rewrites_are_not_scored():
     tokenizer = chat_tokenizer("qwen3")
     chosen = turns("<think>x</think>a", "why", "<think>y</think>b")
@@ -210,6 +241,18 @@ def test_kto_takes_the_mask_of_the_other_prompt_along():
     assert first.labels == (0, -1) and second.labels == (1, -1)
     assert first.scored[1] is None and second.scored[0] is None
     assert first.scored[0].tolist() == second.scored[1].tolist()
+    sides = turns("a", "why", "b"), turns("a long answer to a short question, and more of it")
+    rows = [
+        Feedback(turns(q, first="user"), s, True)
+        for q, s in zip(("p" * 40, "q"), sides, strict=True)
+    ]
+    whole = KTO().encode(rows, tokenizer, max_length=200, template="auto")
+    size = max(int(n) for n in whole.sizes - [len(item.responses[1]) for item in whole])
+    first, second = KTO().encode(rows[::-1], tokenizer, max_length=size, template="auto")
+    for item in (first, second):
+        for response, mask in zip(item.responses, item.scored, strict=True):
+            assert mask is None or len(mask) == len(response)
+            assert len(item.prompt) + len(response) <= size
 
 
 # --- groups on a file -----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class TextTokenizer:
         self._known: dict[str, bytes] | None = None  # ids of words, where there are words
         if _whole_core(tokenizer) and has_words(tokenizer):
             self._known = {}
+            bare_ids(["a"], tokenizer)  # turns padding and truncation of the tokenizer's file off
             self._added = _any_of(t.content for t in tokenizer.added_tokens_decoder.values())
 
     def __call__(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
@@ -63,19 +64,19 @@ class TextTokenizer:
     def _by_words(self, pieces: list[str], known: dict[str, bytes]) -> dict[str, bytes]:
         """`known`: the ids of words with a space in front of them, which their key leaves out."""
         parts = {piece: self._words(piece) for piece in pieces}
-        heads = self._ids(
-            list(dict.fromkeys(head for heads, _ in parts.values() for head in heads))
-        )
+        heads = list({head for heads, _ in parts.values() for head in heads})
         new = list(set().union(*(words for _, words in parts.values())) - known.keys())
-        core = self.tokenizer.backend_tokenizer  # as `_ids`, which has turned padding off
-        fresh = core.encode_batch_fast([" " + word for word in new], add_special_tokens=False)
-        here = known if len(known) < WORDS else known.copy()
-        here.update(
-            (w, np.array(e.ids, np.int32).tobytes()) for w, e in zip(new, fresh, strict=True)
+        core = self.tokenizer.backend_tokenizer  # without what transformers wraps around each text
+        found = core.encode_batch_fast(
+            [*heads, *(" " + word for word in new)], add_special_tokens=False
         )
+        ids = [np.array(encoding.ids, np.int32).tobytes() for encoding in found]
+        first = dict(zip(heads, ids[: len(heads)], strict=True))
+        here = known if len(known) < WORDS else known.copy()
+        here.update(zip(new, ids[len(heads) :], strict=True))
         return {
-            piece: b"".join([*(heads[head] for head in first), *map(here.__getitem__, words)])
-            for piece, (first, words) in parts.items()
+            piece: b"".join([*map(first.__getitem__, heads), *map(here.__getitem__, words)])
+            for piece, (heads, words) in parts.items()
         }
 
     def _words(self, piece: str) -> tuple[list[str], list[str]]:
