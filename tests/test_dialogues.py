@@ -384,6 +384,18 @@ def test_of_preferences_in_any_shape_the_best_response_is_imitated():
     assert dialogues.report.dropped == {"tie": 1}
 
 
+def test_what_is_labelled_as_bad_is_not_imitated():
+    rows = [
+        {"prompt": "q", "completion": text, "label": label}
+        for text, label in [("GOOD", True), ("BAD", False), ("GOOD 2", 1), ("BAD", "false")]
+    ]
+    dialogues = load_dialogues([*rows, {"prompt": "q", "completion": "unlabelled"}])
+    said_last = [d.turns[-1].content for d in dialogues]
+    assert said_last == ["GOOD", "GOOD 2", "unlabelled"]
+    assert dialogues.report.dropped == {"labelled as a bad response": 2}
+    assert len(load_dialogues(rows, columns={"label": None})) == 4
+
+
 def test_messages_beside_preferences_are_what_is_imitated():
     pair = {"chosen": roles("q", "GOOD"), "rejected": roles("q", "BAD")}
     row = {"prompt": "q", "messages": roles("q", "GOOD"), **pair}

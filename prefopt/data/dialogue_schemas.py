@@ -18,6 +18,7 @@ from prefopt.data.conversations import (
     read_transcript,
 )
 from prefopt.data.detect import SCHEMAS
+from prefopt.data.grouped_schemas import read_label
 from prefopt.data.messages import read_messages
 from prefopt.data.records import Candidates, Dialogue, Message, Pair
 from prefopt.data.schemas import RowDict, Schema, source_of
@@ -39,6 +40,8 @@ def from_messages(row: RowDict, column: str) -> Dialogue | str:
 
 def from_prompt(row: RowDict, answer: str) -> Dialogue | str:
     """A prompt and the answer to it, each a text or a message list."""
+    if read_label(row.get("label")) is False:
+        return "labelled as a bad response"
     asked = read_prompt(row["prompt"], row.get("system"), row.get("tools"))
     if isinstance(asked, str):
         return asked
@@ -144,9 +147,10 @@ def _prompt_schema(answer: str) -> Schema:
         f"prompt and {answer}",
         ANSWERED,
         ("prompt", answer),
-        f"{answer!r} answers 'prompt' and is imitated",
+        f"{answer!r} answers 'prompt' and is imitated, unless 'label' says that it is a bad one",
         lambda row: all(isinstance(row.get(key), str | list) for key in ("prompt", answer)),
         lambda row: from_prompt(row, answer),
+        "label",
     )
 
 

@@ -88,10 +88,15 @@ def read_summary(row: RowDict) -> Rated | str:
 
 def read_labelled(row: RowDict) -> Rated | str:
     """A prompt, one response and whether it is a good one (score 1) or not (0)."""
-    label = LABELS.get(str(row["label"]).lower()) if _is_plain(row["label"]) else None
+    label = read_label(row["label"])
     if label is None:
         return f"the label is {row['label']!r:.40}, neither true nor false"
     return _read(row, row["completion"], float(label))
+
+
+def read_label(value: Any) -> bool | None:
+    """Whether a response is a good one; None for what is neither true nor false."""
+    return LABELS.get(str(value).lower()) if _is_plain(value) else None
 
 
 def _is_plain(value: Any) -> bool:
