@@ -241,18 +241,18 @@ def test_kto_takes_the_mask_of_the_other_prompt_along():
     assert first.labels == (0, -1) and second.labels == (1, -1)
     assert first.scored[1] is None and second.scored[0] is None
     assert first.scored[0].tolist() == second.scored[1].tolist()
-    sides = turns("a", "why", "b"), turns("a long answer to a short question, and more of it")
+
+    # Cut to the room that a longer prompt leaves.
     rows = [
-        Feedback(turns(q, first="user"), s, True)
-        for q, s in zip(("p" * 40, "q"), sides, strict=True)
+        Feedback(turns("q", first="user"), sides[0], True),
+        Feedback(turns("p" * 40, first="user"), sides[1], True),
     ]
     whole = KTO().encode(rows, tokenizer, max_length=200, template="auto")
-    size = max(int(n) for n in whole.sizes - [len(item.responses[1]) for item in whole])
-    first, second = KTO().encode(rows[::-1], tokenizer, max_length=size, template="auto")
-    for item in (first, second):
-        for response, mask in zip(item.responses, item.scored, strict=True):
-            assert mask is None or len(mask) == len(response)
-            assert len(item.prompt) + len(response) <= size
+    size = max(len(item.prompt) + len(item.responses[0]) for item in whole)
+    _, second = KTO().encode(rows, tokenizer, max_length=size, template="auto")
+    kept = len(second.responses[1])
+    assert kept == size - len(second.prompt) < len(whole[1].responses[1])
+    assert second.scored[1].tolist() == whole[1].scored[1].tolist()[:kept]
 
 
 # --- groups on a file -----------------------------------------------------------------------------
