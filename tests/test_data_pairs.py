@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -228,6 +229,20 @@ def test_a_reward_sees_whole_conversations_and_few_prompts_at_a_time():
     (made, *_) = make_pairs([row] * 100, reward)
     assert made["lineage"]["scores"] == {"reward": [5.0, 4.0]} and len(made["chosen"]) == 3
     assert sum(asked) == 200 and max(asked) <= 64
+
+
+def test_responses_wait_on_disk(tmp_path):
+    path, n = tmp_path / "a.jsonl", 500
+    with open(path, "w") as file:
+        for i in range(n):
+            texts = [letter * 80_000 for letter in "ab"]
+            file.write(json.dumps({"prompt": f"q{i}", "responses": texts}) + "\n")
+    tracemalloc.start()
+    made = make_pairs(path, lambda prompts, texts: [ord(text[0]) for text in texts], quiet=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made) == n and all(sides(row)[0][0] == "b" for row in made)
+    assert path.stat().st_size > 80_000_000 and peak < 35_000_000  # buffers of 8 MB, and a chunk
 
 
 def test_a_reward_model(tiny_model, tmp_path):
