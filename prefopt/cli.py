@@ -1,6 +1,6 @@
 """The command line: flags from the signatures in commands.py, errors in one sentence.
 
-Exit codes: 0 done, 2 bad input, 1 a defect.
+Exit codes: 0 done, 2 bad input, 1 a defect, of the program or (`data doctor`) in the data.
 """
 
 from __future__ import annotations

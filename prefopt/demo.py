@@ -19,6 +19,7 @@ import torch
 
 from prefopt import durable, loading
 from prefopt.config import TrainConfig
+from prefopt.data.doctor import examine
 from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError
@@ -113,8 +114,11 @@ def _stages(demo: Demo) -> dict[str, list[Generation]]:
         known["pairs"] = load_preferences(rows)
         known["pairs"].report.source = "embedded"
         report = known["pairs"].report
-        dropped = f", {sum(report.dropped.values()):,} dropped" if report.dropped else ""
-        return f"{report.kept:,} preference pairs ({report.schema}){dropped}"
+        tokenizer = loading.load_tokenizer(loading.resolve("embedded").base)
+        findings = examine(known["pairs"], tokenizer, max_length=SETTINGS["max_length"]).findings
+        wrong = [f"{f.check} ({f.count})" for f in findings if f.severity != "info"]
+        looks = ", ".join(wrong) or "nothing wrong with them"
+        return f"{report.kept:,} preference pairs ({report.schema}): {looks}"
 
     def sft() -> str:
         policy = _policy("embedded", lora=None)
