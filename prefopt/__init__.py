@@ -36,6 +36,7 @@ _MODULE_OF = {
     "Dialogue": "data.records",
     "Ranking": "data.records",
     "Feedback": "data.records",
+    "Candidates": "data.records",
     "DataReport": "data.records",
     "load_preferences": "data.sources",
     "load_dialogues": "data.dialogues",
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "load_feedback": "data.feedback",
     "load_prompts": "data.prompts",
     "mix": "data.mixing",
+    "make_pairs": "pair_making",
     "encode_pairs": "data.encode",
     "encode_dialogues": "data.encode_dialogues",
     "encode_rankings": "data.encode_rankings",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from prefopt.data.packing import pack as pack
     from prefopt.data.prompts import load_prompts as load_prompts
     from prefopt.data.rankings import load_rankings as load_rankings
+    from prefopt.data.records import Candidates as Candidates
     from prefopt.data.records import DataReport as DataReport
     from prefopt.data.records import Dialogue as Dialogue
     from prefopt.data.records import Feedback as Feedback
@@ -132,6 +135,7 @@ if TYPE_CHECKING:
     from prefopt.objectives.kto import KTO as KTO
     from prefopt.objectives.reward import Reward as Reward
     from prefopt.objectives.sft import SFT as SFT
+    from prefopt.pair_making import make_pairs as make_pairs
     from prefopt.policy import Policy as Policy
     from prefopt.ranking import bradley_terry as bradley_terry
     from prefopt.ranking import plackett_luce as plackett_luce

@@ -81,7 +81,7 @@ def quiet_transformers() -> None:
 def pairs_or_rankings(source: Any, **options: Any) -> Any:
     """For reward models; pairs keep their margins."""
     from prefopt.data.rankings import load_rankings
-    from prefopt.data.schemas import LISTS
+    from prefopt.data.schemas.base import LISTS
 
     return _pairs_or(load_rankings, LISTS, source, options)
 
@@ -89,7 +89,7 @@ def pairs_or_rankings(source: Any, **options: Any) -> Any:
 def pairs_or_dialogues(source: Any, **options: Any) -> Any:
     """For a language model, whatever it was trained on."""
     from prefopt.data.dialogues import load_dialogues
-    from prefopt.data.schemas import SCORED
+    from prefopt.data.schemas.base import SCORED
 
     return _pairs_or(load_dialogues, SCORED, source, options)
 
@@ -97,7 +97,7 @@ def pairs_or_dialogues(source: Any, **options: Any) -> Any:
 def pairs_or_feedback(source: Any, **options: Any) -> Any:
     """For KTO."""
     from prefopt.data.feedback import load_feedback
-    from prefopt.data.schemas import LABELLED
+    from prefopt.data.schemas.base import LABELLED
 
     return _pairs_or(load_feedback, LABELLED, source, options)
 

@@ -35,7 +35,7 @@ def inspect(
         row: show the pairs of this row instead, by the number that doctor prints.
         json: file to write the same to as JSON; "-" prints it, and nothing else.
     """
-    from prefopt.data.overview import as_seen, overview
+    from prefopt.data.audit.overview import as_seen, overview
     from prefopt.data_report import show_inspection
 
     _check_json(json)
@@ -95,8 +95,8 @@ def doctor(
         json: file to write the findings to as JSON; "-" prints them, and nothing else.
         fail_on: what makes the exit code 1; after --fix, what is left of it.
     """
-    from prefopt.data.clean import check_target, write_pairs
-    from prefopt.data.doctor import examine
+    from prefopt.data.audit.clean import check_target, write_pairs
+    from prefopt.data.audit.doctor import examine
     from prefopt.data_report import show_diagnosis
 
     _check_json(json)
@@ -139,7 +139,7 @@ def _tokenizer(model: str) -> Any:
 
 def _held_out(asked: str | None, pairs: Any, data: str, split: str | None, columns: Any) -> Any:
     """The prompts of --held_out, or of the first other split of --data that there is."""
-    from prefopt.data.leaks import HeldOut
+    from prefopt.data.audit.leaks import HeldOut
     from prefopt.data.prompts import load_prompts
 
     if asked is not None and Path(asked).expanduser().exists():

@@ -19,7 +19,7 @@ import torch
 
 from prefopt import durable, loading
 from prefopt.config import TrainConfig
-from prefopt.data.doctor import examine
+from prefopt.data.audit.doctor import examine
 from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError

@@ -37,7 +37,7 @@ def pairs(
         force: replace an existing file.
     """
     from prefopt import durable
-    from prefopt.data.clean import check_target
+    from prefopt.data.audit.clean import check_target
     from prefopt.pair_making import make_pairs
 
     target = check_target(out, data, force, "--out")

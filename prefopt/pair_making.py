@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from prefopt.data.clean import pair_row
+from prefopt.data.audit.clean import pair_row
 from prefopt.data.columns import Columns
 from prefopt.data.detect import SCHEMAS
-from prefopt.data.grouped_schemas import UNRATED_ROWS
-from prefopt.data.list_schemas import UNRATED_LIST
 from prefopt.data.pairing import Choice, check_pairing, notes_of, pair_items, why_none
 from prefopt.data.records import Candidates, Message, Pair
-from prefopt.data.schemas import RATED, TREES, Item
+from prefopt.data.schemas.base import RATED, TREES, Item
+from prefopt.data.schemas.grouped import UNRATED_ROWS
+from prefopt.data.schemas.lists import UNRATED_LIST
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Lines, Spool
 from prefopt.metrics import Progress

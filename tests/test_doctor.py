@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefopt import loading
-from prefopt.data import clean, doctor, leaks
-from prefopt.data.checks import CHECKS
+from prefopt.data.audit import clean, doctor, leaks
+from prefopt.data.audit.checks import CHECKS
 from prefopt.data.encode import encode_pairs
 from prefopt.data.prompts import load_prompts
 from prefopt.data.records import Message, Pair

@@ -8,8 +8,8 @@ import pytest
 
 from prefopt import data_commands, loading
 from prefopt.command_groups import Reading
+from prefopt.data.audit.overview import as_seen, overview
 from prefopt.data.encode import encode_pairs
-from prefopt.data.overview import as_seen, overview
 from prefopt.data.records import Message, Pair
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data import near
+from prefopt.data.audit import near
 
 WORDS = (
     "the a cat dog tree sings runs slowly under over bright blue water stone house because when "

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prefopt import InputError, Message
 from prefopt.data.pairing import PAIRINGS, TIES, pair_items, pair_up
 from prefopt.data.records import Candidates, Pair
-from prefopt.data.schemas import Item
+from prefopt.data.schemas.base import Item
 from prefopt.data.sources import load_preferences
 
 PROMPT = [Message("user", "a question")]

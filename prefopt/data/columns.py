@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from prefopt.data.messages import BASIC, plain
-from prefopt.data.schemas import RowDict, Schema, Within
+from prefopt.data.schemas.base import RowDict, Schema, Within
 from prefopt.errors import InputError
 
 Columns = Mapping[str, str | None]

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from prefopt.data.choice_schemas import CHOICE_SCHEMAS, SIDES
 from prefopt.data.columns import (
     Columns,
     Keys,
@@ -18,11 +17,12 @@ from prefopt.data.columns import (
 )
 from prefopt.data.columns import nearest as nearest
 from prefopt.data.files import Row
-from prefopt.data.grouped_schemas import GROUPED_SCHEMAS
-from prefopt.data.list_schemas import LIST_SCHEMAS
-from prefopt.data.pair_schemas import PAIR_SCHEMAS
 from prefopt.data.readers import Unreadable
-from prefopt.data.schemas import CHOICES, PAIRS, RATED, Item, Noted, RowDict, Schema
+from prefopt.data.schemas.base import CHOICES, PAIRS, RATED, Item, Noted, RowDict, Schema
+from prefopt.data.schemas.choices import CHOICE_SCHEMAS, SIDES
+from prefopt.data.schemas.grouped import GROUPED_SCHEMAS
+from prefopt.data.schemas.lists import LIST_SCHEMAS
+from prefopt.data.schemas.pairs import PAIR_SCHEMAS
 from prefopt.errors import InputError
 
 SAMPLE = 64  # rows looked at to decide the schema

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from prefopt.data.columns import Columns, Keys
-from prefopt.data.dialogue_schemas import CHOSEN, DIALOGUES, IMITATED, from_preference
 from prefopt.data.records import (
     SPOKEN,
     Candidates,
@@ -17,7 +16,8 @@ from prefopt.data.records import (
     Pair,
     are_messages,
 )
-from prefopt.data.schemas import RowDict
+from prefopt.data.schemas.base import RowDict
+from prefopt.data.schemas.dialogues import CHOSEN, DIALOGUES, IMITATED, from_preference
 from prefopt.data.sources import Preferences, read_items
 from prefopt.data.spool import Spool
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prefopt.data.columns import Columns, Keys, nearest
-from prefopt.data.grouped_schemas import LABELLED_ROWS, Rated, read_labelled
 from prefopt.data.records import DataReport, Feedback, Message
-from prefopt.data.schemas import RowDict, Schema
+from prefopt.data.schemas.base import RowDict, Schema
+from prefopt.data.schemas.grouped import LABELLED_ROWS, Rated, read_labelled
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from prefopt.data.conversations import Turns, part
 from prefopt.data.records import SPOKEN, Candidates, Message, Pair
-from prefopt.data.schemas import Item
+from prefopt.data.schemas.base import Item
 from prefopt.errors import InputError
 
 PAIRINGS = ("best_worst", "best_rest", "adjacent", "all")

@@ -12,10 +12,10 @@ from typing import Any
 from prefopt.data.columns import Columns, Keys, nearest
 from prefopt.data.conversations import read_prompt
 from prefopt.data.detect import SCHEMAS
-from prefopt.data.dialogue_schemas import DIALOGUES
 from prefopt.data.messages import read_messages
 from prefopt.data.records import SPOKEN, Candidates, DataReport, Message, Pair
-from prefopt.data.schemas import SCORED, RowDict, Schema
+from prefopt.data.schemas.base import SCORED, RowDict, Schema
+from prefopt.data.schemas.dialogues import DIALOGUES
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt.data.columns import Columns
 from prefopt.data.records import Candidates, DataReport, Message, Pair, Ranking
-from prefopt.data.schemas import Item
+from prefopt.data.schemas.base import Item
 from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
 

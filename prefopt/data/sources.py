@@ -20,7 +20,7 @@ from prefopt.data.records import (
     Ranking,
     are_messages,
 )
-from prefopt.data.schemas import Item, Schema
+from prefopt.data.schemas.base import Item, Schema
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 

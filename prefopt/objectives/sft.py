@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.data.dialogue_schemas import from_pair
 from prefopt.data.encode import Encoded, EncodedSet
 from prefopt.data.encode_dialogues import LOSS_ON, encode_dialogues
 from prefopt.data.packing import Batch
 from prefopt.data.records import Dialogue, Pair
+from prefopt.data.schemas.dialogues import from_pair
 from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
 from prefopt.stats import Evaluation, bootstrap_ci

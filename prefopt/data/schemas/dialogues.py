@@ -1,6 +1,6 @@
 """The shapes that rows of conversations and plain text come in, and how each becomes a `Dialogue`.
 
-As in schemas.py, a shape is a `Schema`; of preferences, in any shape, the chosen response is read.
+As in base.py, a shape is a `Schema`; of preferences, in any shape, the chosen response is read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from prefopt.data.conversations import (
     read_transcript,
 )
 from prefopt.data.detect import SCHEMAS
-from prefopt.data.grouped_schemas import read_label
 from prefopt.data.messages import read_messages
 from prefopt.data.records import Candidates, Dialogue, Message, Pair
-from prefopt.data.schemas import RowDict, Schema, source_of
+from prefopt.data.schemas.base import RowDict, Schema, source_of
+from prefopt.data.schemas.grouped import read_label
 
 # Levels, beside those of preferences: a formatted `text` beside the columns it was made of, say.
 CONVERSATION, ANSWERED, INSTRUCTED, TEXT = -3, -2, -1, 20

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefopt.data.facts import Facts, prompt_text, text_key
-from prefopt.data.findings import Book
-from prefopt.data.labels import repeats
-from prefopt.data.near import Ngrams, band_keys, neighbours
+from prefopt.data.audit.facts import Facts, prompt_text, text_key
+from prefopt.data.audit.findings import Book
+from prefopt.data.audit.labels import repeats
+from prefopt.data.audit.near import Ngrams, band_keys, neighbours
 from prefopt.data.prompts import Prompts
 from prefopt.data.sources import Preferences
 from prefopt.data.split import split_pairs

@@ -8,8 +8,17 @@ from typing import Any
 from prefopt.data.conversations import compare, read_post, read_prompt, read_response
 from prefopt.data.messages import Turns, from_json, message_json
 from prefopt.data.records import Message, Pair
-from prefopt.data.schemas import ABOUT, PROMPTS, Names, Noted, RowDict, Schema, number, source_of
-from prefopt.data.verdicts import KINDS, SCORES, Kind, Verdict, read_choice, read_scores
+from prefopt.data.schemas.base import (
+    ABOUT,
+    PROMPTS,
+    Names,
+    Noted,
+    RowDict,
+    Schema,
+    number,
+    source_of,
+)
+from prefopt.data.schemas.verdicts import KINDS, SCORES, Kind, Verdict, read_choice, read_scores
 
 SIDES = ("response_a", "response_b")
 CALLED = (

@@ -16,9 +16,8 @@ import numpy as np
 
 from prefopt.data.conversations import read_post, read_prompt, read_response
 from prefopt.data.files import Row
-from prefopt.data.list_schemas import AROUND
 from prefopt.data.records import Candidates, Message
-from prefopt.data.schemas import (
+from prefopt.data.schemas.base import (
     LABELLED,
     PROMPTS,
     SCORED,
@@ -29,8 +28,9 @@ from prefopt.data.schemas import (
     number,
     source_of,
 )
+from prefopt.data.schemas.lists import AROUND
+from prefopt.data.schemas.trees import TREE_SCHEMAS
 from prefopt.data.spool import Lines
-from prefopt.data.trees import TREE_SCHEMAS
 from prefopt.errors import InputError
 
 NAMES = {

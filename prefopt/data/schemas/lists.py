@@ -13,7 +13,7 @@ from typing import Any
 from prefopt.data.conversations import read_prompt, read_response
 from prefopt.data.messages import as_list
 from prefopt.data.records import Candidates, Message
-from prefopt.data.schemas import (
+from prefopt.data.schemas.base import (
     ABOUT,
     LISTS,
     PROMPTS,

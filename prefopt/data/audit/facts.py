@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.audit.near import Ngrams, band_keys, plain
 from prefopt.data.conversations import MARKER
 from prefopt.data.encoded import Encoded, EncodedSet
-from prefopt.data.near import Ngrams, band_keys, plain
 from prefopt.data.records import SPOKEN, Message, Pair
 
 UNLIMITED = 2**30  # tokens: a max_length that cuts nothing

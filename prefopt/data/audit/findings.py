@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.checks import CHECKS, SEVERITIES, Check
+from prefopt.data.audit.checks import CHECKS, SEVERITIES, Check
 from prefopt.data.records import DataReport
 from prefopt.data.sources import Preferences
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.checks import CHECKS
-from prefopt.data.chunks import check_limits
-from prefopt.data.encode import encode_pairs
-from prefopt.data.facts import MARKS, UNLIMITED, TokenFacts, gather, token_facts
-from prefopt.data.findings import EXAMPLES, Book, Diagnosis, Finding
-from prefopt.data.labels import decided, note_labels
-from prefopt.data.leaks import (
+from prefopt.data.audit.checks import CHECKS
+from prefopt.data.audit.facts import MARKS, UNLIMITED, TokenFacts, gather, token_facts
+from prefopt.data.audit.findings import EXAMPLES, Book, Diagnosis, Finding
+from prefopt.data.audit.labels import decided, note_labels
+from prefopt.data.audit.leaks import (
     HeldOut,
     benchmark_index,
     note_benchmarks,
     note_held_out,
     note_prompts,
 )
+from prefopt.data.chunks import check_limits
+from prefopt.data.encode import encode_pairs
 from prefopt.data.prompts import Prompts
 from prefopt.data.sources import Preferences
 from prefopt.data.template import choose_template

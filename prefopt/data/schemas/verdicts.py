@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from prefopt.data.schemas import CHOICES, RATED, Names, RowDict, number
+from prefopt.data.schemas.base import CHOICES, RATED, Names, RowDict, number
 
 
 class Verdict(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefopt.data.facts import Facts
-from prefopt.data.findings import Book
+from prefopt.data.audit.facts import Facts
+from prefopt.data.audit.findings import Book
 
 
 def note_labels(book: Book, facts: Facts, ties: str) -> None:

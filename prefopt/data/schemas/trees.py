@@ -18,7 +18,16 @@ import numpy as np
 
 from prefopt.data.files import Row
 from prefopt.data.records import Candidates, Message
-from prefopt.data.schemas import TREES, Item, Names, RowDict, Schema, number, source_of, strings
+from prefopt.data.schemas.base import (
+    TREES,
+    Item,
+    Names,
+    RowDict,
+    Schema,
+    number,
+    source_of,
+    strings,
+)
 from prefopt.data.spool import Lines
 
 SPEAKERS = {"prompter": "user", "assistant": "assistant"}

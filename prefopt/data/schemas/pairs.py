@@ -19,7 +19,7 @@ from prefopt.data.conversations import (
 )
 from prefopt.data.messages import Turns, as_list, message_json
 from prefopt.data.records import Message, Pair
-from prefopt.data.schemas import (
+from prefopt.data.schemas.base import (
     ABOUT,
     PAIRS,
     PROMPTS,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.audit.facts import UNLIMITED, prompt_text, spoken, token_facts
 from prefopt.data.chunks import check_limits
 from prefopt.data.encode import encode_pairs, preview
 from prefopt.data.encoded import Encoded
-from prefopt.data.facts import UNLIMITED, prompt_text, spoken, token_facts
 from prefopt.data.records import Pair
 from prefopt.data.template import choose_template
 from prefopt.data.tokens import decode

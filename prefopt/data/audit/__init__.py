@@ -1,0 +1,1 @@
+"""What is in preference data, and what is wrong with it."""

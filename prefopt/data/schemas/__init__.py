@@ -1,0 +1,1 @@
+"""The shapes that rows of preference data come in; `base` says what a shape is."""
