@@ -12,7 +12,8 @@ collator over all rows in batches of 8 (the trainer itself is made before, on a 
 datasets' processes (dataset_num_proc=2) in another run. Each (side, case, round) is a process of
 its own, the sides in turn, with a fresh cache, then with the cache of the first ("again"). Token
 ids are compared on the first rows, or nothing is. Memory: the peak of a process that does the same
-with 5,000, 20,000 and 60,000 rows (prefopt only), beyond what it had after 500 rows.
+with 5,000, 20,000 and 60,000 rows (prefopt only), beyond what it had after 500 rows. From 20,000
+rows on it starts processes that encode, which have some 80 MB each and are not counted.
 """
 
 from __future__ import annotations

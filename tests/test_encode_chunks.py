@@ -89,6 +89,21 @@ def test_processes_change_nothing(workers, tmp_path):
         assert facts(made) == EXPECTED
 
 
+def test_processes_are_for_many_rows(monkeypatch):
+    from prefopt.data import workers
+
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    many = range(workers.ROWS)
+    assert workers.worth_it(many, TOKENIZER) == 3
+    assert workers.worth_it(many[1:], TOKENIZER) == workers.worth_it(iter(many), TOKENIZER) == 0
+    script = type("OfTheScript", (), {"__module__": "__main__"})()
+    assert workers.worth_it(many, script) == 0
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(99), raising=False)
+    assert workers.worth_it(many, TOKENIZER) == workers.MOST
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(1), raising=False)
+    assert workers.worth_it(many, TOKENIZER) == 0
+
+
 def test_a_script_without_a_guard_is_not_run_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -16,23 +16,21 @@ from prefopt.data.recipe import Chunk, Encode, Recipe
 from prefopt.data.tokens import TextTokenizer
 
 ROWS = 20_000  # fewer are done before processes have started
-MOST = 8
+MOST = 4  # each holds a tokenizer and transformers in memory
 KILLED = "a process that encodes was killed; is memory short?"
 
 
 def worth_it(records: Any, tokenizer: Any) -> int:
-    """How many processes to encode in; 0: in this one, where the tokenizer has threads of its own.
+    """How many processes to encode in; 0: in this one.
 
-    On two cores those are as fast (benchmarks/bench_data.py); what stands beside the tokenizer,
-    mostly templates, has one thread only, and is worth processes where there are more cores.
+    20,000 rows took 8.0 s in one process and 5.2 s in two on two cores, their start included.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    known = len(records) if isinstance(records, Sized) else 0
-    if cores <= 2 or known < ROWS or type(tokenizer).__module__ == "__main__":
-        return 0
-    return min(cores, MOST)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    few = not isinstance(records, Sized) or len(records) < ROWS
+    # A daemon may start no process; what is defined in the running script is not found by another.
+    alone = multiprocessing.current_process().daemon or type(tokenizer).__module__ == "__main__"
+    return 0 if cores < 2 or few or alone else min(cores, MOST)
 
 
 class Worker:
