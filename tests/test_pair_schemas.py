@@ -44,6 +44,7 @@ def pair(prompt, good, bad, margin=None, source=None, preference=1.0):
 
 
 OTHERWISE = "kept as the columns name them although the scores say the other response is better"
+NO_PROBABILITY = "'preference' is not the chosen response's probability, 0.5 to 1, and is not read"
 
 # name: (rows, the pairs with ties="soft", what else is dropped, notes, columns= that says the same)
 SETS = {}
@@ -537,8 +538,8 @@ SETS["json-text"] = (
         },
         {
             "prompt": "q",
-            "chosen": json.dumps(said("U:q", "A:one")),
-            "rejected": json.dumps(said("U:q", "A:other")),
+            "chosen": json.dumps(said("U:q", "A:barely GOOD")),
+            "rejected": json.dumps(said("U:q", "A:BAD")),
             "margin": "0",
         },
         {
@@ -551,7 +552,7 @@ SETS["json-text"] = (
     [
         pair("q", "GOOD", "BAD", 1.5),
         pair([S("s"), U("q")], "GOOD", "BAD"),
-        pair("q", "one", "other", 0.0, preference=0.5),
+        pair("q", "barely GOOD", "BAD", 0.0),
     ],
     {"identical": 1, "'chosen' is not JSON text of messages": 1},
     [],
@@ -739,10 +740,11 @@ def test_scores_and_a_stated_preference():
     assert (found.preference, found.margin) == (0.8, -1.0)
     (tie,) = load_preferences([plain(prompt="q", preference=0.5)], ties="soft")
     assert tie.preference == 0.5 and tie.margin is None
-    (settled,) = load_preferences([plain(prompt="q", preference=1.0, margin=0.0)])
-    assert settled.preference == 1.0
-    turned = load_preferences([plain(prompt="q", preference=0.2)])
-    assert turned[0].preference == 0.2 and turned.report.notes == [f"{OTHERWISE}: 1"]
+    (small,) = load_preferences([plain(prompt="q", margin=0.0)])  # the name decides, only barely
+    assert small.preference == 1.0 and small.margin == 0.0
+    for index in (0, 0.2, -1, 7):  # of the better response, perhaps, or a sign
+        read = load_preferences([plain(prompt="q", preference=index)])
+        assert read[0].preference == 1.0 and read.report.notes == [f"{NO_PROBABILITY}: 1"]
     (named,) = load_preferences([plain(prompt="q", preference="chosen")])
     assert named.preference == 1.0
 

@@ -61,6 +61,7 @@ NAMES = {
     **ABOUT,
 }
 TOGETHER = (SIDES, SCORES)
+NO_PROBABILITY = "'preference' is not the chosen response's probability, 0.5 to 1, and is not read"
 OTHERWISE = "kept as the columns name them although the scores say the other response is better"
 
 
@@ -142,19 +143,20 @@ def _pair(row: RowDict, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair |
 
 
 def _gap(row: RowDict) -> _Gap:
-    margin = _margin(row)
+    rated, given = _rated(row), number(row.get("margin"))
+    margin = rated if given is None else given
     preference = number(row.get("preference"))
-    if preference is not None and 0 <= preference <= 1:
-        return _Gap(margin, preference, OTHERWISE if preference < 0.5 else None)
-    if margin == 0 or row.get("status") == "tie":
+    if preference is not None and 0.5 <= preference <= 1:
+        return _Gap(margin, preference)
+    if preference is not None:
+        return _Gap(margin, 1.0, NO_PROBABILITY)
+    if rated == 0 or row.get("status") == "tie":  # a `margin` of 0 is a small one
         return _Gap(margin, 0.5)
     return _Gap(margin, 1.0, OTHERWISE if margin is not None and margin < 0 else None)
 
 
-def _margin(row: RowDict) -> float | None:
+def _rated(row: RowDict) -> float | None:
     """The chosen response's score less the other's, as far as the row says."""
-    if (margin := number(row.get("margin"))) is not None:
-        return margin
     chosen, rejected = (number(row.get(key)) for key in SCORES)
     if chosen is not None and rejected is not None:
         return chosen - rejected
