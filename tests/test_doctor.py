@@ -431,7 +431,8 @@ def faulty() -> list[dict]:
         copy, copy,
         row(question(21), "up", "down is it"), row(question(21), "down is it", "up"),
         row(question(22), chosen=""), row(question(23), rejected=" "),
-        row(question(24), margin=-1), row(question(25), status="tie"), row(question(26), margin=2.5),
+        row(question(24), margin=-1), row(question(25), status="tie"),
+        row(question(26), margin=2.5),
         row(question(27), "same text", "same text"), row(question(28), source="web"),
         row(question(29), "Human: what?"), row(question(30), margin=0, preference=1.0),
     ]  # fmt: skip
