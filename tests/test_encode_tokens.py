@@ -19,7 +19,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefopt.data.tokens import TextTokenizer
-from prefopt.data.words import _KNOWN, has_words
+from prefopt.data.words import _KNOWN, word_ids
 from tests.chat_tokenizers import CORPUS
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -48,8 +48,8 @@ KINDS = {
     **{f"regex {i}": (None, expression(regex), True) for i, regex in enumerate(sorted(_KNOWN))},
     "unknown regex": (None, expression(r"\w+ \w+|\s+|."), False),
     "nfkc": (normalizers.NFKC(), pre_tokenizers.ByteLevel(add_prefix_space=False), False),
-    "first": (None, sentencepiece("first"), False),
-    "always": (None, sentencepiece("always"), False),
+    "first": (None, sentencepiece("first"), True),
+    "always": (None, sentencepiece("always"), True),
     "llama2": (
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, False
     ),
@@ -95,6 +95,7 @@ PART = st.one_of(
             *("a", " a", "b c", " the", "cat on the mat", "it's", " I'M", "'s", "' s"),
             *("1", " 12", "1 a", "3.5 x", "!", " !", "...", "? I", ". The", "/ a", "- a\n b"),
             *("é", "e\u0301", " é", "é a", "a é", "ß", "İ", "’", "’ a", "a ’s", "٣", "日本 a"),
+            *("▁", "▁a", " ▁ b", "a▁ b"),
             *("🐟 a", "\u200b a", "\u0301 a", "a \u0301", "ª a", "ⅷ a", "\u180e a", "_ a"),
         ]
     ),
@@ -117,7 +118,7 @@ def test_pieces_give_the_ids_of_the_whole(texts, kind, tokens):
     found = TextTokenizer(tokenizer, "chat")(texts)
     assert [found[text].tolist() for text in texts] == whole
     assert all(found[text].dtype == np.int32 for text in texts)
-    assert has_words(tokenizer) == KINDS[kind][2]
+    assert (word_ids(tokenizer) is not None) == KINDS[kind][2]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -139,11 +140,11 @@ def test_texts_are_cut_where_that_is_sound():
     assert cut("a<|im_start|>b c</s>") == ["a", "<|im_start|>b c", "</s>"]
     text = TextTokenizer(tokenizer_of("gpt2"), "chat")
     assert text._words("<|im_end|>it's 1 a. The  b\n c") == (
-        ["<|im_end|>", "it's 1"], ["a.", "The  b\n c"]
+        "<|im_end|>it's 1", ["a.", "The  b\n c"]
     )  # fmt: skip
-    assert text._words("a b") == (["a"], ["b"])
+    assert text._words("a b") == ("a", ["b"])
     assert TextTokenizer(tokenizer_of("gpt2", "inside"), "chat")._words("the cat sat on") == (
-        ["the cat sat on"], []
+        "the cat sat on", []
     )  # fmt: skip
     cut = TextTokenizer(tokenizer_of("gpt2", "strips"), "chat")._cut
     assert cut("a <mask> b<|im_end|>") == ["a <mask> b", "<|im_end|>"]
@@ -161,11 +162,18 @@ def test_special_tokens_that_are_to_be_split():
     assert TextTokenizer(tokenizer, "chat")([text])[text].tolist() == expected
 
 
-def test_a_real_sentencepiece_tokenizer(stories_path):
-    tokenizer = AutoTokenizer.from_pretrained(stories_path)
-    texts = ["Once upon a time</s> there was", " a  cat\n\nand a dog", ""]
+@cache
+def real_tokenizer(path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+@settings(max_examples=300)
+@given(texts=st.lists(TEXT, min_size=1, max_size=3))
+@example(texts=["Once upon a time</s> there was", " a  cat\n\nand a dog", "", "a▁b c", "é b 🐟 c"])
+def test_a_real_sentencepiece_tokenizer(texts, stories_path):
+    tokenizer = real_tokenizer(stories_path)
+    assert word_ids(tokenizer) is not None
     found = TextTokenizer(tokenizer, "chat")(texts)
     for text in texts:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         assert found[text].tolist() == ids
-    assert not has_words(tokenizer)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.words import WORD, has_words
+from prefopt.data.words import WORD, word_ids
 
 WORDS = 1 << 16  # that are remembered: the first ones, which are the frequent ones
 
@@ -40,9 +40,9 @@ class TextTokenizer:
         start = [] if template == "chat" else start_ids(tokenizer)
         self.start = np.array(start, np.int32)
         self._cuts = _any_of(_cut_tokens(tokenizer))
-        self._known: dict[str, bytes] | None = None  # ids of words, where there are words
-        if _whole_core(tokenizer) and has_words(tokenizer):
-            self._known = {}
+        self._known: dict[str, bytes] = {}  # ids of words, where there are words
+        self._word_ids = word_ids(tokenizer) if _whole_core(tokenizer) else None
+        if self._word_ids is not None:
             bare_ids(["a"], tokenizer)  # turns padding and truncation of the tokenizer's file off
             self._added = _any_of(t.content for t in tokenizer.added_tokens_decoder.values())
 
@@ -50,7 +50,7 @@ class TextTokenizer:
         """Ids [n] int32 of each text."""
         cut = {text: self._cut(text) for text in texts}
         pieces = list(dict.fromkeys(piece for parts in cut.values() for piece in parts))
-        ids = self._ids(pieces) if self._known is None else self._by_words(pieces, self._known)
+        ids = self._ids(pieces) if self._word_ids is None else self._by_words(pieces)
         start = self.start.tobytes()
         return {
             text: np.frombuffer(start + b"".join([ids[part] for part in parts]), np.int32)
@@ -59,36 +59,32 @@ class TextTokenizer:
 
     def _ids(self, texts: list[str]) -> dict[str, bytes]:
         found = bare_ids(texts, self.tokenizer)
-        return {text: np.array(i, np.int32).tobytes() for text, i in zip(texts, found, strict=True)}
+        return {text: _bytes(i) for text, i in zip(texts, found, strict=True)}
 
-    def _by_words(self, pieces: list[str], known: dict[str, bytes]) -> dict[str, bytes]:
-        """`known`: the ids of words with a space in front of them, which their key leaves out."""
+    def _by_words(self, pieces: list[str]) -> dict[str, bytes]:
+        assert self._word_ids is not None
         parts = {piece: self._words(piece) for piece in pieces}
-        heads = list({head for heads, _ in parts.values() for head in heads})
-        new = list(set().union(*(words for _, words in parts.values())) - known.keys())
+        heads = list({head for head, _ in parts.values()})
+        new = list(set().union(*(words for _, words in parts.values())) - self._known.keys())
         core = self.tokenizer.backend_tokenizer  # without what transformers wraps around each text
-        found = core.encode_batch_fast(
-            [*heads, *(" " + word for word in new)], add_special_tokens=False
-        )
-        ids = [np.array(encoding.ids, np.int32).tobytes() for encoding in found]
-        first = dict(zip(heads, ids[: len(heads)], strict=True))
-        here = known if len(known) < WORDS else known.copy()
-        here.update(zip(new, ids[len(heads) :], strict=True))
+        found = core.encode_batch_fast(heads, add_special_tokens=False)
+        first = {head: _bytes(e.ids) for head, e in zip(heads, found, strict=True)}
+        known = self._known if len(self._known) < WORDS else self._known.copy()
+        known.update(zip(new, map(_bytes, self._word_ids(new)), strict=True))
         return {
-            piece: b"".join([*map(first.__getitem__, heads), *map(here.__getitem__, words)])
-            for piece, (heads, words) in parts.items()
+            piece: b"".join([first[head], *map(known.__getitem__, words)])
+            for piece, (head, words) in parts.items()
         }
 
-    def _words(self, piece: str) -> tuple[list[str], list[str]]:
-        """(the special token in front and what precedes the first space to cut at, the words behind
-        it without their spaces): each is tokenised by itself. Where there is another added token
-        inside, all of it is one."""
+    def _words(self, piece: str) -> tuple[str, list[str]]:
+        """(what precedes the first space to cut at, the words behind it without their spaces): each
+        is tokenised by itself. Where an added token stands inside, all of it is one."""
         match = self._cuts.match(piece)
         head = match.end() if match else 0
         if self._added.search(piece, head):
-            return [piece], []
-        first, *words = WORD.split(piece[head:])
-        return [part for part in (piece[:head], first) if part], words
+            return piece, []
+        first, *words = WORD.split(piece[head:])  # a space behind a special token is no place
+        return piece[:head] + first, words
 
     @cached_property
     def plain(self) -> TextTokenizer:
@@ -127,6 +123,10 @@ def bare_ids(texts: list[str], tokenizer: Any, special: bool = False) -> list[li
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
+
+
+def _bytes(ids: list[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
 
 
 def start_ids(tokenizer: Any) -> list[int]:

@@ -1,18 +1,24 @@
-"""Where a byte-level tokenizer always begins a new word, so that words can be remembered.
+"""Where a tokenizer always begins a new word, so that words can be remembered.
 
-Such tokenizers split a text by a regular expression and merge bytes within its matches only. In
-each of the expressions below no alternative matches an ASCII character that is no white space and
-a space behind it, and from a space in front of an ASCII letter on they all match the space with the
-word. So at such a space one match ends and another begins, whatever stands left and right of it:
-both sides can be tokenised by themselves. (No lookahead sees across it either: those ask what
-follows white space.) NFC joins nothing to a space. Of a tokenizer that does anything else nothing
-is said.
+Byte-level tokenizers split a text by a regular expression and merge bytes within its matches only.
+In each of the expressions below no alternative matches an ASCII character that is no white space
+and a space behind it, and from a space in front of an ASCII letter on they all match the space with
+the word. So at such a space one match ends and another begins, whatever stands left and right of
+it: both sides can be tokenised by themselves. (No lookahead sees across it either: those ask what
+follows white space.) NFC joins nothing to a space.
+
+Tokenizers in the manner of SentencePiece write spaces as "▁" and merge characters. Where no merge
+makes a token with a "▁" behind another character, none crosses from a word to the "▁" of the next,
+and merges on either side do not touch the other's.
+
+Of a tokenizer that does anything else nothing is said.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 WORD = re.compile(r" (?<=[!-~] )(?=[A-Za-z])")  # the space that such a word begins with
@@ -31,9 +37,36 @@ _KNOWN = {
 }
 
 
-def has_words(tokenizer: Any) -> bool:
-    """Whether a text may be cut in front of every WORD."""
+def word_ids(tokenizer: Any) -> Callable[[list[str]], list[list[int]]] | None:
+    """What finds the ids of words with a space in front of each; None for a tokenizer whose text
+    may not be cut in front of every WORD."""
     core = tokenizer.backend_tokenizer
+    if _is_byte_level(core):
+        return lambda words: [
+            encoding.ids
+            for encoding in core.encode_batch_fast(
+                [f" {word}" for word in words], add_special_tokens=False
+            )
+        ]
+    if _is_sentencepiece(core):
+        # By the model itself: the tokenizer would put another space in front.
+        apart = _described(core.pre_tokenizer).get("split", False)
+        return lambda words: [_merged(f" {word}", core.model, apart) for word in words]
+    return None
+
+
+def _merged(word: str, model: Any, apart: bool) -> list[int]:
+    """Ids of a word with spaces as SentencePiece writes them; `apart`: none is merged with what
+    precedes it."""
+    word = word.replace(" ", "▁")
+    parts = _EACH_SPACE.findall(word) if apart else [word]
+    return [token.id for part in parts for token in model.tokenize(part)]
+
+
+_EACH_SPACE = re.compile("▁[^▁]*")
+
+
+def _is_byte_level(core: Any) -> bool:
     normalizer, steps = _described(core.normalizer), _described(core.pre_tokenizer)
     if normalizer not in ({}, {"type": "NFC"}):
         return False
@@ -44,6 +77,29 @@ def has_words(tokenizer: Any) -> bool:
     if last["use_regex"]:  # that of GPT-2; SmolLM has digits apart
         return all(step.get("type") == "Digits" for step in first)
     return len(first) == 1 and _splits(first[0])
+
+
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREPENDED = {"type": "Prepend", "prepend": "▁"}
+
+
+def _is_sentencepiece(core: Any) -> bool:
+    normalizer, spaces = _described(core.normalizer), _described(core.pre_tokenizer)
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if spaces.get("type") == "Metaspace" and spaces["replacement"] == "▁":
+        if steps:
+            return False
+    elif spaces or steps not in ([_SPACES], [_PREPENDED, _SPACES]):
+        return False
+    model = json.loads(core.to_str())["model"]
+    unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if model["type"] != "BPE" or any(model.get(key) for key in unusual):
+        return False
+    merged = (pair if isinstance(pair, str) else "".join(pair) for pair in model["merges"])
+    return not any(_CROSSING.search(token.replace(" ", "")) for token in merged)
+
+
+_CROSSING = re.compile("[^▁]▁")
 
 
 def _described(part: Any) -> dict[str, Any]:
