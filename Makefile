@@ -31,6 +31,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/bench_dpo_step.py $(HH)
 	@$(BIN)/python benchmarks/bench_stages.py $(HH)
+	@$(BIN)/python benchmarks/bench_data.py $(HH)
 	@$(BIN)/python benchmarks/bench_logprob.py
 	@$(BIN)/python benchmarks/bench_nf4.py
 	@$(BIN)/python benchmarks/bench_lora.py $(HH)
