@@ -38,7 +38,7 @@ def build(config: TrainConfig, setup: Setup, reading: Reading) -> int:
 
 
 def info(cache: str | None = None) -> int:
-    """List the references whose log-probs are on disk.
+    """List the references whose log-probs are on disk, and the size of what is encoded.
 
     Args:
         cache: folder of the cache; null is the user's.
@@ -72,4 +72,9 @@ def _print_references(cache: str | None, *, verify: bool) -> None:
         say(
             f"{row['folder']}  weights {key['weights'][:12]}, {key['dtype']}, {key['attention']}: "
             f"{row['responses']:,} responses, {row['tokens']:,} tokens, {row['bytes'] / 1e6:.1f} MB"
+        )
+    chunks = [path.stat().st_size for path in folder.glob("tokens/*/*.tokens")]
+    if chunks:
+        say(
+            f"tokens  {len(chunks):,} chunk{'s' * (len(chunks) > 1)} of encoded data, {sum(chunks) / 1e6:.1f} MB"
         )

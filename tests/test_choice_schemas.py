@@ -10,29 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError
-
-
-def U(text):
-    return Message("user", text)
-
-
-def A(text):
-    return Message("assistant", text)
-
-
-def said(*turns):
-    roles = {"U": "user", "A": "assistant", "S": "system"}
-    return [{"role": roles[who], "content": text} for who, text in (t.split(":", 1) for t in turns)]
-
-
-def pair(prompt, good, bad, margin=None, preference=1.0):
-    prompt = [U(prompt)] if isinstance(prompt, str) else prompt
-    sides = [[A(side)] if isinstance(side, str) else side for side in (good, bad)]
-    return Pair(prompt, *sides, margin, None, preference=preference)
-
+from tests.preference_rows import A, U, pair, said
 
 DISAGREES = "the scores of the responses say the other one is better; the label decides"
 OTHERWISE = "the other verdict beside the one that is read names the other response"

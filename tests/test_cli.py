@@ -193,6 +193,7 @@ def test_cache_build_info_verify(flags, tmp_path, capsys):
     assert main(["cache", "info", *where]) == 0
     info = lines(capsys)
     assert info[0].endswith("1 reference") and "float32" in info[1] and "48 responses" in info[1]
+    assert info[2].startswith("tokens  1 chunk of encoded data")
     assert main(["cache", "verify", *where]) == 0
     assert lines(capsys) == [*info, "every record is intact"]
     assert main(["dpo", *flags, *where, "--out", str(tmp_path / "run"), "--quiet"]) == 0

@@ -22,17 +22,9 @@ from prefopt.data.conversations import (
 from prefopt.data.messages import message_json, read_calls, read_messages, read_tools
 from prefopt.data.records import SPOKEN, Message
 from prefopt.data.sources import load_preferences
+from tests.preference_rows import A, U
 from tests.test_choice_schemas import SETS as CHOICES
 from tests.test_pair_schemas import SETS as PAIRS
-
-
-def U(text):
-    return Message("user", text)
-
-
-def A(text):
-    return Message("assistant", text)
-
 
 # --- messages ----------------------------------------------------------------------------------
 

@@ -9,38 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from prefopt.data.records import Message, Pair
+from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError
-
-
-def S(text):
-    return Message("system", text)
-
-
-def U(text):
-    return Message("user", text)
-
-
-def A(text):
-    return Message("assistant", text)
-
-
-def said(*turns):
-    """Messages as data sets hold them; the order of their keys is not the same everywhere."""
-    roles = {"U": "user", "A": "assistant", "S": "system"}
-    return [{"content": text, "role": roles[who]} for who, text in (t.split(":", 1) for t in turns)]
+from tests.preference_rows import A, S, U, pair, said
 
 
 def shared(*turns):
     roles = {"U": "human", "A": "gpt", "S": "system"}
     return [{"from": roles[who], "value": text} for who, text in (t.split(":", 1) for t in turns)]
-
-
-def pair(prompt, good, bad, margin=None, source=None, preference=1.0):
-    prompt = [U(prompt)] if isinstance(prompt, str) else prompt
-    sides = [[A(side)] if isinstance(side, str) else side for side in (good, bad)]
-    return Pair(prompt, *sides, margin, source, preference=preference)
 
 
 OTHERWISE = "kept as the columns name them although the scores say the other response is better"
@@ -111,10 +88,10 @@ SETS["ultrafeedback-cleaned"] = (
         cleaned(6, "GOOD", "BAD", (4.0, 3.0), prompt="another question"),
     ],
     [
-        pair("q1", "GOOD &amp; <b>", "BAD", 1.5, "evol_instruct"),
-        pair("q2", "one", "other", 0.0, "evol_instruct", 0.5),
-        pair("q3", "GOOD", "BAD", -2.5, "evol_instruct"),
-        pair("q4", "GOOD", "", None, "evol_instruct"),
+        pair("q1", "GOOD &amp; <b>", "BAD", 1.5, source="evol_instruct"),
+        pair("q2", "one", "other", 0.0, preference=0.5, source="evol_instruct"),
+        pair("q3", "GOOD", "BAD", -2.5, source="evol_instruct"),
+        pair("q4", "GOOD", "", None, source="evol_instruct"),
     ],
     {"identical": 1, "the prompt column is not in the conversation": 1},
     [f"{OTHERWISE}: 1", "kept although one response is empty: 1"],
@@ -147,10 +124,10 @@ SETS["ultrafeedback-flat"] = (
         flat(5, "GOOD", "BAD", ("N/A", "4")),
     ],
     [
-        pair("q1", " GOOD\n", "BAD", 2.5, "sharegpt"),
-        pair("q2", "one", "other", 0.0, "sharegpt", 0.5),
-        pair("q4", "GOOD", "BAD", 1.0, "sharegpt"),
-        pair("q5", "GOOD", "BAD", None, "sharegpt"),
+        pair("q1", " GOOD\n", "BAD", 2.5, source="sharegpt"),
+        pair("q2", "one", "other", 0.0, preference=0.5, source="sharegpt"),
+        pair("q4", "GOOD", "BAD", 1.0, source="sharegpt"),
+        pair("q5", "GOOD", "BAD", None, source="sharegpt"),
     ],
     {"'chosen_response' is null": 1},
     [],
@@ -313,7 +290,7 @@ SETS["skywork"] = (
         {"chosen": [], "rejected": said("U:q", "A:BAD"), "source": "w"},
         {"chosen": said("U:q", "A:x", "U:y"), "rejected": said("U:q", "A:BAD"), "source": "w"},
     ],
-    [pair("q", "GOOD", "BAD", None, "magpie_ultra"), pair("q", "GOOD", "BAD")],
+    [pair("q", "GOOD", "BAD", None, source="magpie_ultra"), pair("q", "GOOD", "BAD")],
     {"contexts differ": 1, "no assistant turn": 2},
     [],
     {"chosen": "chosen", "rejected": "rejected"},
@@ -361,9 +338,9 @@ SETS["tulu-3"] = (
         tulu(5, said("U:q5", "A:GOOD"), said("S:s", "U:q5", "A:BAD")),
     ],
     [
-        pair("q1", "GOOD", "BAD", 2.0, "tulu"),
-        pair([U("q2"), A("x"), U("y")], "GOOD", "BAD", None, "tulu"),
-        pair("q4", "GOOD", "BAD", None, "tulu"),
+        pair("q1", "GOOD", "BAD", 2.0, source="tulu"),
+        pair([U("q2"), A("x"), U("y")], "GOOD", "BAD", None, source="tulu"),
+        pair("q4", "GOOD", "BAD", None, source="tulu"),
     ],
     {"contexts differ": 2},
     [],

@@ -62,7 +62,8 @@ def load_preferences(
     `preference` 0.5) or "keep" (the first one counts as chosen). empty: whether pairs of which one
     response says nothing stay ("keep") or not ("drop"). pairing: which pairs are made of K ranked
     or scored responses (`pairing.pair_up`). max_pairs: most pairs of one prompt, over all its rows.
-    min_gap: the least `margin`; pairs without one stay.
+    min_gap: the least `margin`; pairs without one stay. What this function returned before is
+    returned as it is.
 
     Raises InputError for what cannot be read, for no or ambiguous columns, and when no row is
     usable.
