@@ -75,6 +75,5 @@ def _print_references(cache: str | None, *, verify: bool) -> None:
         )
     chunks = [path.stat().st_size for path in folder.glob("tokens/*/*.tokens")]
     if chunks:
-        say(
-            f"tokens  {len(chunks):,} chunk{'s' * (len(chunks) > 1)} of encoded data, {sum(chunks) / 1e6:.1f} MB"
-        )
+        many, size = "s" * (len(chunks) > 1), sum(chunks) / 1e6
+        say(f"tokens  {len(chunks):,} chunk{many} of encoded data, {size:.1f} MB")

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from prefopt import loading
 from prefopt.data import chunks, token_cache
 from prefopt.data.encode import encode_feedback, encode_pairs
 from prefopt.data.encode_dialogues import encode_dialogues
@@ -334,3 +336,17 @@ def test_a_chat_template_of_another_name_for_tools_is_in_the_name(tmp_path):
     both = changed_tokenizer()
     both.chat_template = {"default": TOKENIZER.chat_template, "tool_use": CHATML_PROMPT}
     assert names(tmp_path, tokenizer=both) != names(tmp_path)
+
+
+def test_whoever_changes_what_is_encoded_raises_the_version_of_the_rules():
+    """Else chunks that were kept before would be taken for what is encoded now."""
+    tokenizer = loading.load_tokenizer(loading.resolve("embedded").base)
+    parted = Pair(
+        [Message("user", "one")],
+        [Message("assistant", "a"), Message("user", "two"), Message("assistant", "b <|eos|> c")],
+        [Message("assistant", "d"), Message("user", "two"), Message("assistant", "e " * 60)],
+        margin=1.5, source="s", weight=2.0, preference=0.5,
+    )  # fmt: skip
+    encoded = encode_pairs([*PAIRS, parted], tokenizer, max_length=60)
+    digest = blake2b(repr(facts(encoded)).encode(), digest_size=8).hexdigest()
+    assert (token_cache.RULES, digest) == (1, "9a94eb4132759aa2")
