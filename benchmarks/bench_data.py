@@ -13,7 +13,7 @@ datasets' processes (dataset_num_proc=2) in another run. Each (side, case, round
 its own, the sides in turn, with a fresh cache, then with the cache of the first ("again"). Token
 ids are compared on the first rows, or nothing is. Memory: the peak of a process that does the same
 with 5,000, 20,000 and 60,000 rows (prefopt only), beyond what it had after 500 rows. From 20,000
-rows on it starts processes that encode, which have some 80 MB each and are not counted.
+rows on it starts processes that encode, which are not counted.
 """
 
 from __future__ import annotations

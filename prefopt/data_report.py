@@ -119,7 +119,7 @@ def _verdict(diagnosis: Any, fixed: str | None) -> Any:
 
 
 def _many(count: int, what: str) -> str:
-    return f"{count or 'no':,} {what}{'s' * (count > 1)}" if count else f"no {what}"
+    return f"{count:,} {what}{'s' * (count > 1)}" if count else f"no {what}"
 
 
 # --- inspect -----------------------------------------------------------------------------------

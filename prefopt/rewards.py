@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.data.chunks import Recipe
 from prefopt.data.encode import Group, encode_groups
 from prefopt.data.encoded import EncodedSet
 from prefopt.data.mixing import check_weights
 from prefopt.data.packing import pack
+from prefopt.data.recipe import Recipe
 from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.loading import context_length

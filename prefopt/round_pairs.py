@@ -12,6 +12,7 @@ import numpy as np
 
 from prefopt import loading
 from prefopt.config import TrainConfig, default_cache
+from prefopt.data.audit.clean import pair_row
 from prefopt.data.encoded import Encoded, EncodedSet
 from prefopt.data.packing import Batch, pack
 from prefopt.data.pairing import pair_up
@@ -23,7 +24,6 @@ from prefopt.sampling import Answers, promptly
 from prefopt.stop import StopSignal
 
 Row = dict[str, Any]  # of pairs.jsonl
-SIDES = ("prompt", "chosen", "rejected")
 
 
 def pair_rows(
@@ -52,8 +52,7 @@ def pair_rows(
                 "scores": {k: [s[i] for i in picked] for k, s in answer.scores.items()},
                 "combined": [scores[i] for i in picked],
             }
-            sides = {k: [m._asdict() for m in getattr(pair, k)] for k in SIDES}
-            rows.append({**sides, "margin": pair.margin, "lineage": {**lineage, **about}})
+            rows.append({**pair_row(pair), "lineage": {**lineage, **about}})
     return rows, dropped
 
 

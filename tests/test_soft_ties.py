@@ -169,6 +169,20 @@ def test_ties_are_left_out_of_accuracy_and_counted(policy, pairs):
     assert evaluate(policy, [batch_of(policy, objective, only)], objective).summary["n"] == 3
 
 
+def test_without_ties_no_loss_looks_at_the_other_order(policy, pairs):
+    """Which may be infinite there, and 0 times that is no number."""
+    seen = []
+
+    def one_way(p):
+        seen.append(p)
+        return losses.dpo(p)
+
+    objective = DPO(one_way)
+    decided = [p for p in pairs if p.preference == 1]
+    evaluate(policy, [batch_of(policy, objective, decided)], objective)
+    assert len(seen) == 1
+
+
 def test_a_tie_is_half_right_while_training(policy, pairs):
     objective = DPO()
     only = [p for p in pairs if p.preference == 0.5]

@@ -16,7 +16,7 @@ Shapes: T input tokens, S runs, N scored tokens, R responses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -110,6 +110,12 @@ def pack(
         yield _build(held, layout, ends)
 
 
+def preferences_of(items: Sequence[Encoded]) -> Tensor | None:
+    """[groups] float32, None when all are 1: no loss then looks at the other order."""
+    found = [float(item.preference) for item in items]
+    return None if all(p == 1 for p in found) else torch.tensor(found)
+
+
 def _grow(item: Encoded, rows: int, width: int, layout: Layout, ends: bool) -> tuple[int, int]:
     prompt, inputs = len(item.prompt), [len(r) - (not ends) for r in item.responses]
     if layout == "shared":
@@ -164,7 +170,6 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
 
     weights = [float(item.weight) for item in items for _ in item.responses]
     margins = [item.margin for item in items]
-    preferences = [float(item.preference) for item in items]
     labels = [label for item in items for label in item.labels or ()]
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -181,7 +186,7 @@ def _build(items: list[Encoded], layout: Layout, ends: bool) -> Batch:
         margins=None
         if margins.count(None) == len(items)
         else torch.tensor([m or 0.0 for m in margins]),
-        preferences=None if all(p == 1 for p in preferences) else torch.tensor(preferences),
+        preferences=preferences_of(items),
         labels=torch.tensor(labels) if labels else None,
         end_rows=torch.tensor(end_rows) if ends else None,
     )

@@ -3,9 +3,9 @@
 A tokenizer cuts a text at its special tokens before it does anything else, and what stands between
 two of them is tokenised by itself. So a text is cut here first, in front of each special token that
 a chat template writes, and each distinct piece of a chunk is tokenised once: a prompt that stands
-in three texts costs one. Where a tokenizer has words (words.py), their ids are remembered, which is
-several times as fast as to find them again. The ids are those of the whole text (tests compare
-them); a tokenizer whose special tokens take in white space or overlap is given the whole text.
+in three texts costs one. Where a tokenizer has words (words.py), their ids are remembered. The ids
+are those of the whole text (tests compare them); a tokenizer whose special tokens take in white
+space or overlap is given the whole text.
 """
 
 from __future__ import annotations

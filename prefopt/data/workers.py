@@ -21,10 +21,7 @@ KILLED = "a process that encodes was killed; is memory short?"
 
 
 def worth_it(records: Any, tokenizer: Any) -> int:
-    """How many processes to encode in; 0: in this one.
-
-    20,000 rows took 8.0 s in one process and 5.2 s in two on two cores, their start included.
-    """
+    """How many processes to encode in; 0: in this one."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     few = not isinstance(records, Sized) or len(records) < ROWS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefopt.data.encode import Encoded, EncodedSet, encode_pairs
-from prefopt.data.packing import Batch
+from prefopt.data.packing import Batch, preferences_of
 from prefopt.errors import InputError
 from prefopt.logprobs import sequence_logprobs
 from prefopt.loss_names import loss_from
@@ -170,7 +170,7 @@ class DPO:
 
     def evaluation(self, pairs: PairLogps, weights: Tensor, items: Sequence[Encoded]) -> Evaluation:
         """Of all held-out pairs at once, so that no loss depends on how they were batched."""
-        preferences = torch.tensor([item.preference for item in items])
+        preferences = preferences_of(items)
         columns = self.metrics(pairs, preferences) | {
             "loss": self.losses(pairs, preferences) * weights,
             "logps/accuracies": (pairs.chosen > pairs.rejected).float(),

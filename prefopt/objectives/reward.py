@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefopt.data.encode import Encoded, EncodedSet, encode_pairs
 from prefopt.data.encode_rankings import encode_rankings
-from prefopt.data.packing import Batch
+from prefopt.data.packing import Batch, preferences_of
 from prefopt.data.records import Ranking
 from prefopt.errors import InputError
 from prefopt.nn.heads import ScoreStats
@@ -132,7 +132,7 @@ class Reward:
         sizes = [len(item.responses) for item in items]
         known = [item.margin for item in items]
         margins = torch.tensor([m or 0.0 for m in known]) if any(known) else None
-        preferences = torch.tensor([item.preference for item in items])
+        preferences = preferences_of(items)
         losses = self.losses(read.scores, sizes, margins, preferences)
         columns = self.metrics(read.scores, sizes, preferences)
         columns["loss"] = losses * weights[_starts(sizes, weights.device)]

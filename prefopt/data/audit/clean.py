@@ -61,7 +61,6 @@ def pair_row(pair: Pair, ties: str = "soft") -> dict[str, Any]:
     for name in ("margin", "source"):
         if getattr(pair, name) is not None:
             row[name] = getattr(pair, name)
-    if pair.preference != 1 or pair.margin == 0:  # which alone would be read as a tie
-        kept = pair.preference == 0.5 and ties == "keep"
-        row["preference"] = 1.0 if kept else pair.preference
+    if pair.preference != 1 and not (pair.preference == 0.5 and ties == "keep"):
+        row["preference"] = pair.preference
     return row
