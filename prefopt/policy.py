@@ -160,12 +160,20 @@ class Policy(nn.Module):
         obstacle = attention.varlen_obstacle(probe.to(self.device))
         return "shared-runs" if obstacle else "shared-varlen"
 
-    def forward(self, batch: Batch, *, collisions: bool = False) -> Any:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        collisions: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
         """Log-probs of ``batch.targets`` under the active adapter, [N] float32; of a reward model
         the scores of the responses, [R] float32.
 
-        With ``collisions`` also log sum_v pi(v)^2 of each of these tokens' distributions, [N]
-        float32 without gradient: how probable it is that two draws agree.
+        ``temperature`` divides the logits. With ``entropy`` also the entropy of each of these
+        tokens' distributions in nats, [N]; with ``collisions`` log sum_v pi(v)^2, [N] float32
+        without gradient: how probable it is that two draws agree.
         """
         rows, n = batch.score_rows, len(batch.targets)
         if self.is_reward_model:
@@ -181,10 +189,10 @@ class Policy(nn.Module):
             if self.is_reward_model:
                 return heads.scores(self.model.score, hidden)[: len(rows)]
             targets = _round_up(batch.targets, 16)
-            logps, collision = heads.word_logprobs(
-                self.model, hidden, targets, self._head_options, collisions
-            )
-        return logps[:n] if collision is None else (logps[:n], collision[:n])
+            options = {**self._head_options, "temperature": temperature}
+            columns = heads.word_logprobs(self.model, hidden, targets, options, collisions, entropy)
+        columns = tuple(column[:n] for column in columns)
+        return columns if len(columns) > 1 else columns[0]
 
     def scores(self, batch: Batch) -> Tensor:
         """Scores of the responses of a reward model, [R] float32; the batch is packed with

@@ -56,19 +56,26 @@ def project(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def word_logprobs(
-    model: Any, hidden: Tensor, targets: Tensor, options: dict[str, Any], collisions: bool
-) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, D], targets [N] -> log p(target) [N] and, with `collisions`, log sum_v p(v)^2 [N]
-    without gradient; options: those of the model's `head_options`."""
+    model: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    options: dict[str, Any],
+    collisions: bool = False,
+    entropy: bool = False,
+) -> tuple[Tensor, ...]:
+    """hidden [N, D], targets [N] -> (log p(target) [N]; with `entropy` that of p [N]; with
+    `collisions` log sum_v p(v)^2 [N] without gradient); options: of `token_logprobs`."""
     hidden, weight, bias = project(model, hidden)
-    options = {"bias": bias, **options}
-    logps: Any = token_logprobs(hidden, weight, targets, **options)
+    options = {"bias": bias, "temperature": 1.0, **options}
+    found: Any = token_logprobs(hidden, weight, targets, entropy=entropy, **options)
+    columns = found if entropy else (found,)
     if not collisions:
-        return logps, None
-    # log sum p^2 = lse(2 z) - 2 lse(z), and at temperature 1/2 log p(y) = 2 z_y - lse(2 z)
+        return columns
+    # log sum p^2 = lse(2 z) - 2 lse(z), and at half the temperature log p(y) = 2 z_y - lse(2 z)
+    options["temperature"] /= 2
     with torch.no_grad():
-        sharp: Any = token_logprobs(hidden, weight, targets, temperature=0.5, **options)
-        return logps, 2 * logps - sharp
+        sharp: Any = token_logprobs(hidden, weight, targets, **options)
+        return *columns, 2 * columns[0] - sharp
 
 
 @torch.no_grad()
