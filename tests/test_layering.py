@@ -21,10 +21,13 @@ LAYERS = (
         *("logprobs", "folding", "tiles", "rl", "dispatch"),
         *("losses", "loss_names", "shaping", "ranking", "user_functions"),
     ),
-    ("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment", "stop"),
+    (
+        *("data", "nn", "optim", "distributed", "config", "metrics", "stats", "environment"),
+        *("stop", "online_history", "online_findings", "online_checks", "online_table"),
+    ),
     (
         *("attention", "fingerprint", "loading", "sharing", "policy", "reference", "moving"),
-        *("rollout", "checkpoint", "saving"),
+        *("rollout", "checkpoint", "saving", "roles"),
     ),
     ("step",),
     ("objectives", "evaluate", "flops", "rewards"),
