@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.errors import InputError
 
@@ -76,16 +76,12 @@ class TrainConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        at_least = {
-            "batch_size": 1, "micro_tokens": 2, "max_length": 2, "epochs": 1, "save_every": 0,
-            "keep": 1, "log_every": 1, "samples": 0, "sample_tokens": 1, "batch_tokens": 1,
-            "max_steps": 1, "eval_every": 1, "max_norm": 0, "warmup": 0, "weight_decay": 0,
-            "ref_sync_steps": 1,
-        }  # fmt: skip
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise InputError(f"{name} is {value!r}; it must be at least {low}")
+        check_lowest(
+            self,
+            batch_size=1, micro_tokens=2, max_length=2, epochs=1, save_every=0, keep=1,
+            log_every=1, samples=0, sample_tokens=1, batch_tokens=1, max_steps=1, eval_every=1,
+            max_norm=0, warmup=0, weight_decay=0, ref_sync_steps=1,
+        )  # fmt: skip
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"lr is {self.lr!r}; it must be above 0")
         if not 0 < self.lora_plus < math.inf:
@@ -94,8 +90,20 @@ class TrainConfig:
             raise InputError(f"ref_sync_alpha is {self.ref_sync_alpha!r}; it must be in (0, 1]")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("this release trains in one process; start it without torchrun")
+        check_single_process()
+
+
+def check_lowest(config: Any, **lowest: float) -> None:
+    """InputError for the first field that is below its lowest value, or infinite; None passes."""
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < math.inf:
+            raise InputError(f"{name} is {value!r}; it must be at least {low}")
+
+
+def check_single_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("this release trains in one process; start it without torchrun")
 
 
 def default_cache() -> Path:

@@ -15,6 +15,7 @@ def make_optimizer(
     lr: float,
     *,
     weight_decay: float = 0.0,
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in one kernel where possible.
 
@@ -23,7 +24,7 @@ def make_optimizer(
     given: list[Any] = list(parameters)
     first = given[0]["params"][0] if isinstance(given[0], dict) else given[0]
     fused = first.device.type in ("cpu", "cuda", "xpu")
-    return torch.optim.AdamW(given, lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(given, lr, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def warmup_steps(warmup: float, total: int) -> int:

@@ -28,7 +28,7 @@ from prefopt.data.spool import Lines, Spool
 from prefopt.metrics import Progress
 from prefopt.rewards import Reward, RewardModel, combine, load_rewards, score
 from prefopt.round_files import spelled
-from prefopt.sampling import prompt_lengths
+from prefopt.sampling import prompt_ids
 
 Row = dict[str, Any]
 CHUNK = 32  # prompts whose responses a reward is called with at a time
@@ -168,10 +168,10 @@ def _no_room(records: list[Any] | str, judges: Mapping[str, Reward]) -> str | No
     for prompt, responses, _ in records if models and not isinstance(records, str) else ():
         befores = {json.dumps(turns[:-1]): prompt + turns[:-1] for turns in responses}
         for model in models:
-            for size in prompt_lengths(list(befores.values()), model.policy.tokenizer, "auto"):
-                if size is None:
+            for ids in prompt_ids(list(befores.values()), model.policy.tokenizer, "auto"):
+                if ids is None:
                     return "the template of a reward model refuses the prompt"
-                if size >= model.max_length:
+                if len(ids) >= model.max_length:
                     return f"no room for a response in the {model.max_length:,} tokens of a reward"
     return None
 

@@ -42,7 +42,7 @@ from prefopt.sampling import (
     Answers,
     Sampler,
     answer_all,
-    prompt_lengths,
+    prompt_ids,
     promptly,
     write_rows,
 )
@@ -201,8 +201,10 @@ class _Rounds:
         config, limit = self.config, self.sampler.max_new_tokens
         longest = min(config.max_length, loading.context_length(self.policy.model))
         asked = list(self.prompts)
-        lengths = prompt_lengths(asked, self.policy.tokenizer, config.template)
-        fitting = [i for i, n in enumerate(lengths) if n is not None and n + limit <= longest]
+        ids = prompt_ids(asked, self.policy.tokenizer, config.template)
+        fitting = [
+            i for i, found in enumerate(ids) if found is not None and len(found) + limit <= longest
+        ]
         if not fitting:
             raise InputError(
                 f"none of the {len(asked):,} prompts leaves room for {limit} new tokens within "

@@ -178,13 +178,13 @@ def promptly(stop: StopSignal) -> Iterator[None]:
         stop.at_once = False
 
 
-def prompt_lengths(
+def prompt_ids(
     prompts: Sequence[list[Message]], tokenizer: Any, template: str
-) -> list[int | None]:
+) -> list[np.ndarray | None]:
     """Tokens of each prompt; None of one that the template refuses or makes nothing of."""
     try:
-        return [len(ids) for ids in encode_prompts(prompts, tokenizer, template)]
+        return [*encode_prompts(prompts, tokenizer, template)]
     except InputError:
         if len(prompts) == 1:
             return [None]
-    return [n for prompt in prompts for n in prompt_lengths([prompt], tokenizer, template)]
+    return [ids for prompt in prompts for ids in prompt_ids([prompt], tokenizer, template)]

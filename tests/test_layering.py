@@ -27,18 +27,20 @@ LAYERS = (
     ),
     (
         *("attention", "fingerprint", "loading", "sharing", "policy", "reference", "moving"),
-        *("rollout", "checkpoint", "saving", "roles"),
+        *("rollout", "checkpoint", "saving", "roles", "online_config", "experience"),
     ),
     ("step",),
     ("objectives", "evaluate", "flops", "rewards"),
     (
         *("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
         *("rounds", "round_files", "round_pairs", "sampling", "pair_making"),
+        *("online", "online_plan", "online_state", "collect", "learner"),
     ),
     ("demo",),
     (
         *("command_inputs", "command_groups", "commands", "cache_commands", "train_commands"),
         *("weight_commands", "data_commands", "data_report", "pair_commands"),
+        "online_commands",
     ),
     ("cli", "usage"),
     ("__main__",),

@@ -56,6 +56,7 @@ class Batch:
     preferences: Tensor | None = None  # [groups] float32, None when all are 1
     labels: Tensor | None = None  # [R] int64, of Encoded.labels
     end_rows: Tensor | None = None  # [R] hidden row of each response's last token, with `ends`
+    columns: dict[str, Tensor] | None = None  # [N] each: what an RL update knows of its tokens
 
     @property
     def num_groups(self) -> int:
@@ -68,6 +69,10 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name != "segments"
         }
+        if self.columns is not None:
+            moved["columns"] = {
+                name: value.to(device, non_blocking=True) for name, value in self.columns.items()
+            }
         return replace(self, **moved)
 
     def split(self, max_tokens: int) -> list[Batch]:
@@ -82,6 +87,9 @@ class Batch:
                 part.to(self.input_ids.device),
                 ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[tokens],
                 weights=None if self.weights is None else self.weights[responses],
+                columns=None
+                if self.columns is None
+                else {name: value[tokens] for name, value in self.columns.items()},
             )
             result.append(part)
         return result

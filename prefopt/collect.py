@@ -1,0 +1,249 @@
+"""From prompts to an Experience: sample, score, and give every token its advantage.
+
+Shapes: R responses, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt.data.packing import Batch
+from prefopt.data.records import Message
+from prefopt.errors import InputError
+from prefopt.experience import Experience, from_samples
+from prefopt.online_config import PPOConfig
+from prefopt.rewards import Reward, score
+from prefopt.rl import RunningMoments, advantages, kl_estimate, shape_rewards, whiten
+from prefopt.rollout.types import RolloutEngine
+
+ROLLOUT, HELD_OUT = 0, 1  # places in the noise of the sampler
+
+
+class Collector:
+    """What is asked about an update's samples: the engine, the rewards, the reference, the critic.
+
+    ``watched``: rewards that are only looked at. ``trusts_sampler``: the sampler's log-probs are
+    the trainer's (float32, the same arithmetic but for the order of sums), so no forward is spent
+    on forming them again where only the KL asks for them.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        critic: Any,
+        engine: RolloutEngine,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None,
+        watched: Mapping[str, Reward],
+        config: PPOConfig,
+    ):
+        self.policy, self.critic, self.engine, self.config = policy, critic, engine, config
+        self.rewards, self.weights, self.watched = rewards, weights, watched
+        self.stats = {name: getattr(reward, "score_stats", None) for name, reward in rewards.items()}
+        for name, stats in self.stats.items():
+            if config.normalize_scores == "reference" and stats is None:
+                raise InputError(
+                    f"normalize_scores is reference, and reward {name!r} has no score_stats.json; "
+                    "take running or none"
+                )
+        self.moments = RunningMoments()  # of all scores so far
+        self.tau = 1.0 if config.loss == "dpo" else config.temperature  # of the trained log-probs
+        full = policy.dtype == torch.float32 and policy.autocast is None
+        self.trusts_sampler = full and config.engine == "torch"
+
+    # -- sampling and scoring
+
+    def sample(
+        self,
+        ids: Sequence[np.ndarray],
+        keys: Sequence[int],
+        place: int,
+        n: int,
+        on_sample: Callable[[int], None],
+    ) -> tuple[Experience, list[str]]:
+        """Samples of prompts, and their texts; ``keys`` name the prompts in the noise of ``place``."""
+        seed = int(np.random.SeedSequence((self.config.seed, place)).generate_state(1)[0])
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            samples = self.engine.generate(
+                ids, self.config.sampling, n=n, seed=seed, keys=keys, on_sample=on_sample
+            )
+        finally:
+            self.policy.train(training)
+        decode = self.policy.tokenizer.decode
+        texts = [decode(s.tokens, skip_special_tokens=True) for some in samples for s in some]
+        exp = from_samples(ids, samples)
+        if self.config.truncated == "mask":
+            exp.kept = exp.stopped.clone()
+        return exp, texts
+
+    def judge(
+        self, exp: Experience, prompts: list[list[Message]], texts: list[str]
+    ) -> dict[str, float]:
+        """Fill in the scores, and say what each reward gave on average."""
+        total, row = torch.zeros(len(texts), dtype=torch.float64), {}
+        for name, reward in self.rewards.items():
+            scores = torch.tensor(score(reward, name, prompts, texts), dtype=torch.float64)
+            if len(self.rewards) > 1:
+                row[f"objective/scores/{name}"] = scores.mean().item()
+            stats = self.stats[name]
+            if self.config.normalize_scores == "reference" and stats is not None:
+                scores = stats.apply(scores)
+            total += (1.0 if self.weights is None else self.weights[name]) * scores
+        exp.scores = total.float()
+        for name, reward in self.watched.items():
+            seen = np.mean(score(reward, name, prompts, texts))
+            row["objective/held_out_scores"] = float(seen)
+        return row
+
+    def shaped(self, exp: Experience) -> Tensor:
+        """The scores that are learnt from, [R]: without a stop replaced or lowered, then
+        standardised by those so far, then clipped."""
+        config, scores = self.config, exp.scores
+        if config.missing_stop_score is not None:
+            scores = torch.where(exp.stopped, scores, config.missing_stop_score)
+        scores = scores - config.missing_stop_penalty * ~exp.stopped
+        if config.normalize_scores == "running":
+            self.moments.update(scores)
+            scores = (scores - self.moments.mean) / (self.moments.std or 1.0)
+        if config.clip_scores is not None:
+            scores = scores.clamp(-config.clip_scores, config.clip_scores)
+        return scores
+
+    # -- what the models say of the samples
+
+    @torch.no_grad()
+    def read(
+        self, exp: Experience, order: Sequence[Sequence[int]], *, only_reference: bool = False
+    ) -> None:
+        """Fill in "ref", "old" and "values" as far as they are needed, in batches packed as the
+        first pass over the update will be (``order``: its minibatches), so that they round alike
+        and the first ratio is exactly 1."""
+        config = self.config
+        asked = {
+            "old": config.loss != "dpo" and self.needs_old and not only_reference,
+            "ref": config.kl.beta > 0,
+            "values": config.has_critic and not only_reference,
+        }
+        for places in order if any(asked.values()) else ():
+            for batch in exp.batches(places, self.policy, config.micro_tokens):
+                self._read_batch(exp, batch.to(self.policy.device), asked)
+        if config.truncated == "bootstrap" and not only_reference:
+            places = [place for part in order for place in part]
+            for batch in exp.batches(places, self.policy, config.micro_tokens, ends=True):
+                _, at_end = self.critic.values(batch.to(self.policy.device), ends=True)
+                rows, _ = exp.rows_of(batch)
+                exp.bootstrap[rows] = at_end.float().cpu()
+            exp.bootstrap[exp.stopped] = 0.0
+
+    def _read_batch(self, exp: Experience, batch: Batch, asked: Mapping[str, bool]) -> None:
+        policy, tau = self.policy, self.tau
+        if asked["old"]:
+            exp.record("old", batch, policy(batch, temperature=tau))
+        if asked["ref"]:
+            with policy.reference():
+                exp.record("ref", batch, policy(batch, temperature=tau))
+        if asked["values"]:
+            exp.record("values", batch, self.critic.values(batch))
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether log-probs before the update take a forward of their own: not where the first
+        pass over the samples is one optimizer step, which forms them anyway."""
+        kl = self.config.kl
+        in_reward = kl.beta > 0 and kl.placement == "reward"
+        return self.config.minibatches > 1 or (in_reward and not self.trusts_sampler)
+
+    # -- advantages
+
+    def price(self, exp: Experience, beta: float) -> dict[str, float]:
+        """Fill in "advantages" and "returns"; what the update's row says of the samples."""
+        config, learnt = self.config, exp.learnt
+        scores = self.shaped(exp)
+        kl = self._kl(exp, "k1")
+        in_reward = beta if config.kl.placement == "reward" else 0.0
+        rewards = shape_rewards(scores, kl, exp.mask, beta=in_reward)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, exp.mask, center=False)
+        adv, returns = advantages(
+            rewards, exp.mask, estimator=config.estimator, group_ids=exp.group_ids,
+            values=exp.columns.get("values"), bootstrap=exp.bootstrap,
+            gamma=config.gamma, lam=config.lam,
+        )  # fmt: skip
+        raw = adv[learnt]
+        row = {"advantages/mean": raw.mean().item(), "advantages/std": raw.std(correction=0).item()}
+        if config.has_critic and config.whiten_advantages:
+            adv = whiten(adv, learnt)
+        exp.columns["advantages"] = adv
+        if returns is not None:
+            exp.columns["returns"] = returns
+        return row
+
+    def _kl(self, exp: Experience, kind: str) -> Tensor:
+        """Per token, [R, T], 0 where there is none or no reference."""
+        if not self._comparable(exp):
+            return exp.empty()
+        logp = exp.columns.get("old", exp.columns["sampled"])
+        return kl_estimate(logp, exp.columns["ref"], kind=kind) * exp.mask
+
+    def _comparable(self, exp: Experience) -> bool:
+        """Whether there is a reference, at the temperature of the samples."""
+        return "ref" in exp.columns and self.tau == self.config.temperature
+
+    def figures(self, exp: Experience, beta: float) -> dict[str, float]:
+        """What the update's row says of scores, KL, entropy and lengths."""
+        scores, lengths = exp.scores.double(), exp.lengths.double()
+        groups = exp.scores.view(-1, exp.n)
+        row = {
+            "objective/scores": scores.mean().item(),
+            "objective/scores_std": scores.std(correction=0).item(),
+            "objective/scores_min": scores.min().item(),
+            "objective/scores_max": scores.max().item(),
+            "objective/entropy": -exp.columns["sampled"].sum().item() / int(exp.mask.sum()),
+            "lengths/mean": lengths.mean().item(),
+            "lengths/max": lengths.max().item(),
+            "lengths/stop_rate": exp.stopped.double().mean().item(),
+        }
+        if exp.n > 1:
+            same = (groups == groups[:, :1]).all(1)
+            row["groups/zero_variance"] = same.double().mean().item()
+        if self._comparable(exp):
+            kl, k3 = (self._kl(exp, kind).double().sum() for kind in ("k1", "k3"))
+            row["objective/kl"] = kl.item() / len(scores)
+            row["objective/kl_token"] = kl.item() / int(exp.mask.sum())
+            row["objective/kl_k3"] = k3.item() / len(scores)
+            row["objective/kl_coef"] = beta
+            row["objective/rlhf_reward"] = row["objective/scores"] - beta * row["objective/kl"]
+        return row
+
+
+    def gap(self, exp: Experience) -> dict[str, float]:
+        """How far the sampler's log-probs are from the trainer's."""
+        if "old" not in exp.columns:
+            return {}
+        far = (exp.columns["old"] - exp.columns["sampled"]).abs()[exp.learnt].double()
+        if not len(far):
+            return {}
+        names = ("rollout/logprob_gap_mean", "rollout/logprob_gap_max")
+        return dict(zip(names, (far.mean().item(), far.max().item()), strict=True))
+
+    def shown(self, exp: Experience, prompts: Sequence[list[Message]]) -> Iterator[dict[str, Any]]:
+        """Rows of samples.jsonl: the first answer to each of the first prompts."""
+        kl = self._kl(exp, "k1").sum(1)
+        for place, prompt in enumerate(prompts):
+            at = place * exp.n
+            tokens = exp.groups[place].responses[0]
+            row = {
+                "prompt": "\n\n".join(turn.content for turn in prompt),
+                "response": self.policy.tokenizer.decode(tokens, skip_special_tokens=True),
+                "finish": "stop" if exp.stopped[at] else "length",
+                "tokens": len(tokens),
+                "score": exp.scores[at].item(),
+            }
+            yield {**row, "kl": kl[at].item()} if self._comparable(exp) else row
