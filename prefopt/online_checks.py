@@ -6,7 +6,9 @@ CLEAR updates without it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,22 +78,12 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        history = self._history
-        return {
-            "start": {name: list(values) for name, values in history.start.items()},
-            "recent": {name: list(values) for name, values in history.recent.items()},
-            "both": [list(pair) for pair in history.both],
-            "stretches": [list(pair) for pair in history.stretches],
-            "pending": [list(pair) for pair in history.pending],
-            "stretch": history.stretch,
-            "said": {name: list(values) for name, values in self._said.items()},
-        }
+        return copy.deepcopy({"history": asdict(self._history), "said": self._said})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state` gave."""
-        state = dict(state)
-        self._said = {name: list(values) for name, values in state.pop("said").items()}
-        self._history = History(**state)
+        state = copy.deepcopy(dict(state))
+        self._history, self._said = History(**state["history"]), state["said"]
 
 
 def repetition(rows: Iterable[Sequence[int]], n: int = 4) -> float:
