@@ -32,7 +32,9 @@ from prefopt.nn.peft_format import load_adapter
 from prefopt.nn.quantize import QuantReport
 from prefopt.nn.rmsnorm import use_lean_rmsnorm
 from prefopt.nn.swiglu import use_lean_swiglu
-from prefopt.rollout.hf import Generation, generate
+from prefopt.rollout.stops import as_text, stop_ids
+from prefopt.rollout.torch_engine import TorchEngine
+from prefopt.rollout.types import Generation, SamplingParams
 
 ADAPTER, REFERENCE = "default", "reference"
 
@@ -321,28 +323,33 @@ class Policy(nn.Module):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
-        batch_size: int = 16,
+        n: int = 1,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] = (),
+        min_new_tokens: int = 0,
+        batch_size: int = 64,
         template: str = "auto",
     ) -> list[Generation]:
-        """One response per prompt: a string (one user turn) or messages. Temperature 0: greedy."""
+        """n responses per prompt, those of one prompt side by side. A prompt is a string (one user
+        turn) or messages. Temperature 0: greedy. ``batch_size``: how many are written at a time,
+        which changes nothing else; the rest is told at SamplingParams."""
         if self.is_reward_model:
             raise InputError(f"{self.base} is a reward model: it scores text and cannot write any")
         turns = [[Message("user", p)] if isinstance(p, str) else p for p in prompts]
-        training = self.training
-        self.eval()
-        try:
-            with self.plain_attention():
-                return generate(
-                    self.model,
-                    self.tokenizer,
-                    encode_prompts(turns, self.tokenizer, template),
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    batch_size=batch_size,
-                )
-        finally:
-            self.train(training)
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
+        ids = encode_prompts(turns, self.tokenizer, template)
+        engine = TorchEngine(self, slots=batch_size)
+        stops = stop_ids(params, self.model, self.tokenizer)
+        samples = engine.generate(ids, params, n=n, seed=seed)
+        return [as_text(s, params, stops, self.tokenizer) for group in samples for s in group]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or of a model without adapter a folder for transformers and vLLM.

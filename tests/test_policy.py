@@ -655,8 +655,8 @@ def test_sampling_is_decided_by_the_seed_alone(llama):
 def test_a_failed_generation_leaves_the_policy_as_it_was(llama, monkeypatch):
     policy = load(llama).train()
     want = scored(policy)
-    monkeypatch.setattr(policy.model, "generate", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(policy.model.model, "forward", lambda *args, **kwargs: 1 / 0)
         policy.generate(["w3"])
     assert policy.training and torch.equal(scored(policy), want)
 

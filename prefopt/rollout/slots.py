@@ -1,0 +1,206 @@
+"""A cache of keys and values with a slot for each response, and the attention that reads it.
+
+Hangs on transformers' AttentionInterface as prefopt.attention does. The tokens of one forward lie
+in one row: first one token of each live response, then whole prompts that are read for the first
+time. The attention function itself writes what the first bring to their slots, and hands out what
+the prompts bring: a prompt is copied into the slots of all its samples.
+
+Shapes: S slots of M places, of which m are read, H query heads, G key/value heads, r = H / G,
+d head size, e that of the values.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt.attention import REFUSED, Runs, run_attention
+
+NAME = "prefopt-slots"
+PLACES = 32  # a slot grows, and is read, in multiples of so many tokens
+
+Prefix = list[Tensor]  # of one prompt, in the order of Slots.blocks: [layers, G, P, d]
+
+
+class Slots:
+    """Keys and values of up to ``count`` responses.
+
+    Layers whose keys (or values) have one shape lie in one block [layers, S, G, M, d], so that a
+    prompt or a response is copied in one go. Keys are kept in float32, which scores are computed
+    in. What is not written yet is 0, never NaN: it is read with weight 0.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.places = count, 0
+        self.blocks: list[Tensor] = []
+        self.at: list[tuple[int, int]] = []  # (block, layer within) of k, v of layer 0, 1, ...
+
+    def lay_out(self, brought: Sequence[Tensor]) -> None:
+        """Make the blocks for what a forward brought: k and v of each layer, [G, T, d] each."""
+        shapes: dict[tuple[int, int, torch.dtype], int] = {}
+        numbers: list[int] = []
+        for x in brought:
+            kind = (x.shape[0], x.shape[2], x.dtype)
+            block = list(shapes).index(kind) if kind in shapes else len(shapes)
+            self.at.append((block, shapes.get(kind, 0)))
+            shapes[kind] = shapes.get(kind, 0) + 1
+            numbers.append(block)
+        device = brought[0].device
+        self.blocks = [
+            torch.zeros(layers, self.count, heads, self.places, size, dtype=dtype, device=device)
+            for (heads, size, dtype), layers in shapes.items()
+        ]
+
+    def reserve(self, places: int) -> None:
+        """Room for so many tokens in every slot; what is there stays."""
+        if places <= self.places:
+            return
+        self.places = _round_up(max(places, self.places * 3 // 2), PLACES)
+        for i, block in enumerate(self.blocks):
+            layers, count, heads, before, size = block.shape
+            self.blocks[i] = block.new_zeros(layers, count, heads, self.places, size)
+            self.blocks[i][:, :, :, :before] = block
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [S, G, M, d] and [S, G, M, e]."""
+        (block, i), (other, j) = self.at[2 * number], self.at[2 * number + 1]
+        return self.blocks[block][i], self.blocks[other][j]
+
+    def prefixes(self, brought: Sequence[Tensor], bounds: Sequence[tuple[int, int]]):
+        """What a forward brought, as one Prefix for each (start, end) among its tokens."""
+        parts: list[list[Tensor]] = [[] for _ in self.blocks]
+        for (block, _), x in zip(self.at, brought, strict=True):
+            parts[block].append(x)
+        stacked = [torch.stack(part) for part in parts]
+        return [[x[:, :, start:end] for x in stacked] for start, end in bounds]
+
+    def put(self, slot: int, prefix: Prefix) -> None:
+        """Start a slot with the keys and values of a prompt."""
+        for block, x in zip(self.blocks, prefix, strict=False):
+            block[:, slot, :, : x.shape[2]] = x
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for block in self.blocks:
+            block[:, target, :, :length] = block[:, source, :, :length]
+
+
+class Step:
+    """What the layers of one forward share: which tokens are whose."""
+
+    def __init__(self, slots: Slots, position: np.ndarray, prompts: Sequence[int], device: Any):
+        """position [live] of the responses' tokens, lengths of the prompts behind them."""
+        self.slots, self.live = slots, len(position)
+        self.brought: list[Tensor] = []  # k and v of the prompts, layer by layer
+        self.layers = 0
+        ends = np.cumsum([0, *prompts]).tolist()
+        self.bounds = list(itertools.pairwise(ends))
+        rows = [(start, end, start, start) for start, end in self.bounds]
+        self.runs = Runs(torch.tensor(rows, dtype=torch.int64).view(-1, 4), device)
+        self.position = torch.from_numpy(position).to(device)
+        self.reach = min(_round_up(int(position.max(initial=0)) + 1, PLACES), slots.places)
+        self._places: dict[int, Tensor] = {}
+        self._hidden: dict[tuple[int, int | None], Tensor] = {}
+
+    def places(self, heads: int) -> Tensor:
+        """Where the new keys of each response and head go in a layer seen as [S G M, d]."""
+        if heads not in self._places:
+            rows = torch.arange(self.live * heads, device=self.position.device)
+            place = rows.view(-1, heads) * self.slots.places + self.position[:, None]
+            self._places[heads] = place.flatten()
+        return self._places[heads]
+
+    def hidden(self, heads: int, window: int | None) -> Tensor:
+        """[live G, 1, m] float32: 0 where a response looks, -inf where it does not."""
+        if (heads, window) not in self._hidden:
+            place = torch.arange(self.reach, device=self.position.device)
+            distance = self.position[:, None] - place
+            blind = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(blind.shape, device=blind.device).masked_fill_(blind, -torch.inf)
+            self._hidden[heads, window] = mask.repeat_interleave(heads, 0)[:, None]
+        return self._hidden[heads, window]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slots: Step,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **unused,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, d], key [1, G, T, d], value [1, G, T, e] -> ([1, T, H, e], None).
+
+    The tokens of ``slots``, and behind them padding that sees nothing.
+    """
+    assert attention_mask is None and not any(unused.get(name) is not None for name in REFUSED)
+    step, live = slots, slots.live
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens = live + (step.bounds[-1][1] if step.bounds else 0)
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+    if tokens > live:
+        q, k, v = (x[:, :, live:tokens] for x in (query, key, value))
+        step.brought += [k[0].to(_score_dtype(k)), v[0]]
+        out[:, live:tokens], _ = run_attention(
+            module, q, k, v, None,
+            segments=step.runs, scaling=scale, sliding_window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+    if live:
+        with torch.autocast(device, enabled=False):
+            out[0, :live] = _decode(step, query, key, value, scale, sliding_window, softcap)
+    step.layers += 1
+    return out, None
+
+
+def _decode(step: Step, query, key, value, scale: float, window: int | None, softcap) -> Tensor:
+    """[live, H, e]: one query of each response over its slot, after writing its key and value."""
+    (_, heads, _, size), groups, live = query.shape, key.shape[1], step.live
+    keys, values = step.slots.layer(step.layers)
+    for cache, new in ((keys, key), (values, value)):
+        rows = new[0, :, :live].transpose(0, 1).reshape(live * groups, -1)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, step.places(groups), rows.to(cache.dtype))
+    keys, values = (
+        x[:live].view(live * groups, -1, x.shape[-1])[:, : step.reach] for x in (keys, values)
+    )
+    q = query[0, :, :live].transpose(0, 1).reshape(live * groups, heads // groups, size)
+    hidden = step.hidden(groups, window)
+    q, k = q.to(keys.dtype), keys.transpose(1, 2)
+    if softcap is None:
+        scores = torch.baddbmm(hidden.to(q.dtype), q, k, alpha=scale)
+    else:
+        scores = torch.bmm(q, k).mul_(scale / softcap).tanh_().mul_(softcap).add_(hidden)
+    weights = scores.softmax(-1).to(values.dtype)
+    return torch.bmm(weights, values).view(live, heads, -1)
+
+
+def _score_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@functools.cache
+def register() -> str:
+    """Make ``attn_implementation="prefopt-slots"`` known to transformers; returns the name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, slot_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    return NAME

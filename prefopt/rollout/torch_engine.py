@@ -1,0 +1,183 @@
+"""The default rollout engine: the model itself, with a slot of cache for each response.
+
+Every forward reads one token of each live response and, where slots are or will soon be free, the
+prompts of the next ones: a prompt once for all its samples. A slot that is done is given to the
+next response; when there is none left, the last one moves there, so that no work is done for empty
+slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt.errors import InputError
+from prefopt.nn import heads
+from prefopt.rollout import plain, slots
+from prefopt.rollout.drafts import Drafts, Request
+from prefopt.rollout.picking import Picker
+from prefopt.rollout.slots import Prefix, Slots, Step
+from prefopt.rollout.stops import StopTexts, stop_ids
+from prefopt.rollout.types import Sample, SamplingParams, check_prompts
+
+AHEAD = 4  # a quarter of the slots: how many responses wait with their prompt read
+PROMPT_TOKENS = 2048  # of prompts that one forward reads, unless a single one has more
+
+
+class TorchEngine:
+    """Samples from a policy as it is now: its active adapter, its weights, its dtype.
+
+    ``slots``: most responses that are written at the same time. Models that cannot share prompts
+    (policy.layout_reason) go through their own cache, prompts of one length at a time, with the
+    same sampling. A RolloutEngine; log-probs are those of ``policy(batch, temperature=...)``.
+    """
+
+    def __init__(self, policy: Any, *, slots: int = 64):
+        if slots < 1:
+            raise InputError(f"slots is {slots}; at least one response has to be written at a time")
+        self.policy, self.slots = policy, slots
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        seed: int = 0,
+        keys: Sequence[int] | None = None,
+        on_sample: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See RolloutEngine. InputError for parameters out of range and for a prompt that leaves no
+        room in the model's context."""
+        policy = self.policy
+        keys = range(len(prompts)) if keys is None else keys
+        check_prompts(policy.model, prompts, params, n, keys)
+        if not len(prompts):
+            return []
+        stops = stop_ids(params, policy.model, policy.tokenizer)
+        texts = StopTexts(params.stop, policy.tokenizer)
+        found: dict[Request, Sample] = {}
+
+        def done(request: Request, sample: Sample) -> None:
+            found[request] = sample
+            if on_sample is not None:
+                on_sample(len(found))
+
+        rows = min(self.slots, n * len(prompts))
+        write = plain.write if policy.layout_reason else _write
+        with _ready(policy):
+            drafts = Drafts(rows, params, stops, texts)
+            pick = Picker(policy.model, policy._head_options, params, stops)
+            write(policy, _Work(prompts, n, seed, keys), drafts, pick, done)
+        return [[found[Request(p, s)] for s in range(n)] for p in range(len(prompts))]
+
+
+class _Work(NamedTuple):
+    prompts: Sequence[np.ndarray]
+    n: int
+    seed: int
+    keys: Sequence[int]
+
+    def start(self, drafts: Drafts, request: Request) -> int:
+        prompt, key = self.prompts[request.prompt], self.keys[request.prompt]
+        return drafts.start(request, prompt, self.seed, key)
+
+
+@contextlib.contextmanager
+def _ready(policy: Any) -> Iterator[None]:
+    """Evaluation mode and autocast; afterwards everything is as it was, whatever happened."""
+    training, attention = policy.training, policy.model.config._attn_implementation
+    policy.eval()
+    device, dtype = policy.device.type, policy.autocast
+    try:
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        policy.train(training)
+        policy.attend(attention)
+
+
+def _write(
+    policy: Any,
+    work: _Work,
+    drafts: Drafts,
+    pick: Picker,
+    done: Callable[[Request, Sample], None],
+) -> None:
+    rows = len(drafts.requests)
+    cache = Slots(rows)
+    todo = deque(range(len(work.prompts)))
+    waiting: deque[tuple[Request, Prefix]] = deque()
+    policy.attend(slots.register())
+    longest = max(map(len, work.prompts))
+    cache.reserve(longest + min(drafts.params.max_new_tokens, 128))
+    while todo or waiting or drafts.live:
+        while waiting and drafts.live < rows:
+            request, prefix = waiting.popleft()
+            cache.put(work.start(drafts, request), prefix)
+        free = rows - drafts.live
+        read = _next_prompts(work, todo, free + rows // AHEAD) if len(waiting) <= free else []
+        hidden, prefixes = _forward(policy, cache, drafts, [work.prompts[i] for i in read])
+        for number, prefix in zip(read, prefixes, strict=True):
+            waiting += [(Request(number, sample), prefix) for sample in range(work.n)]
+        if drafts.live:
+            _extend(cache, drafts, pick, hidden, done)
+
+
+def _next_prompts(work: _Work, todo: deque[int], wanted: int) -> list[int]:
+    """The prompts of the next ``wanted`` responses, as far as one forward can read them."""
+    read: list[int] = []
+    tokens = 0
+    while todo and len(read) * work.n < wanted:
+        tokens += len(work.prompts[todo[0]])
+        if read and tokens > PROMPT_TOKENS:
+            break
+        read.append(todo.popleft())
+    return read
+
+
+def _forward(policy: Any, cache: Slots, drafts: Drafts, prompts: list[np.ndarray]):
+    """Last hidden states of the live responses [live, D], and the prompts' keys and values."""
+    live, device = drafts.live, policy.device
+    position = drafts.position[:live]
+    cache.reserve(int(position.max(initial=0)) + 1)
+    step = Step(cache, position.copy(), [len(prompt) for prompt in prompts], device)
+    ids = np.concatenate([drafts.last[:live], *prompts]).astype(np.int64)
+    places = np.concatenate([position, *(np.arange(len(prompt)) for prompt in prompts)])
+    ids, places = (_padded(torch.from_numpy(x), device) for x in (ids, places))
+    backbone = heads.backbone(policy.model)
+    out = backbone(ids[None], position_ids=places[None], slots=step, use_cache=False)
+    if step.brought and not cache.blocks:
+        cache.lay_out(step.brought)
+    prefixes = cache.prefixes(step.brought, step.bounds) if prompts else []
+    return out.last_hidden_state[0], prefixes
+
+
+def _padded(x: Tensor, device: torch.device) -> Tensor:
+    """On the CPU in multiples of 8: oneDNN compiles a kernel for every new number of rows."""
+    extra = -len(x) % (8 if len(x) <= 64 else 32) if device.type == "cpu" else 0
+    return torch.nn.functional.pad(x, (0, extra)).to(device)
+
+
+def _extend(cache: Slots, drafts: Drafts, pick: Picker, hidden: Tensor, done) -> None:
+    """One more token of each live response; those that are done make room."""
+    live = drafts.live
+    uniform, early = drafts.draws()
+    rows = min(len(hidden), live + -live % 8)  # those behind are padding or a prompt, and not used
+    uniform = np.pad(uniform, (0, rows - live), constant_values=0.5)
+    early = np.pad(early, (0, rows - live))
+    uniform, early = (torch.from_numpy(x).to(hidden.device) for x in (uniform, early))
+    tokens, logprobs = pick(hidden[:rows], uniform, early)
+    for row, finish in drafts.add(tokens[:live].cpu().numpy(), logprobs[:live].cpu().numpy()):
+        request, sample = drafts.requests[row], drafts.take(row, finish)
+        last = drafts.drop(row)
+        if last != row:
+            cache.move(last, row, int(drafts.position[row]))
+        done(request, sample)
