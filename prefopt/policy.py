@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from prefopt.rollout.stops import as_text, stop_ids
 from prefopt.rollout.torch_engine import TorchEngine
 from prefopt.rollout.types import Generation, SamplingParams
 
-ADAPTER, REFERENCE = "default", "reference"
+ADAPTER, REFERENCE, VALUE = "default", "reference", "value"
 
 
 class Policy(nn.Module):
@@ -44,7 +45,8 @@ class Policy(nn.Module):
 
     A reward model is one with a linear layer ``score`` on the hidden state of a text's last token.
     ``reference()`` switches to the starting policy: the base with its adapters off if the adapter
-    started at zero, a frozen copy of the adapter if it did not.
+    started at zero, a frozen copy of the adapter if it did not. ``roles`` gives a policy a critic,
+    and reward models that share its base.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, base: str, attention: str = "auto"):
@@ -58,6 +60,10 @@ class Policy(nn.Module):
         self.adapter: str | None = None
         self.moved: dict[str, Tensor] | None = None  # weights of a reference that follows (TR-DPO)
         self.lora_report = None
+        self.critic_kind: str | None = None  # "trunk", "adapter" or "model" (see roles.add_critic)
+        self.value_head: nn.Linear | None = None
+        self.reward_heads = nn.ModuleDict()  # of reward models on this base, by their adapters
+        self._switched: tuple[list[Any], str] | None = None  # modules and the role they have now
         loading.remove_dropout(model)
         use_lean_swiglu(model)
         use_lean_rmsnorm(model)
@@ -169,32 +175,77 @@ class Policy(nn.Module):
         collisions: bool = False,
         temperature: float = 1.0,
         entropy: bool = False,
+        values: bool = False,
+        role: str | None = None,
     ) -> Any:
         """Log-probs of ``batch.targets`` under the active adapter, [N] float32; of a reward model
         the scores of the responses, [R] float32.
 
         ``temperature`` divides the logits. With ``entropy`` also the entropy of each of these
         tokens' distributions in nats, [N]; with ``collisions`` log sum_v pi(v)^2, [N] float32
-        without gradient: how probable it is that two draws agree.
+        without gradient: how probable it is that two draws agree; with ``values`` (last) what the
+        critic expects before each of these tokens, [N] float32. Of a ``role`` instead: "value",
+        (these values, [N]; those behind each response, [R], or None without ``batch.end_rows``);
+        the name of a reward model on this base, its scores [R].
         """
-        rows, n = batch.score_rows, len(batch.targets)
-        if self.is_reward_model:
-            if batch.end_rows is None:
-                raise InputError(
-                    "a reward model scores the last token of each response and has no log-probs: "
-                    "give it batches of pack(..., ends=True)"
-                )
-            rows = batch.end_rows
         device = self.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            hidden = self._hidden(batch).flatten(0, -2).index_select(0, _round_up(rows, 16))
-            if self.is_reward_model:
-                return heads.scores(self.model.score, hidden)[: len(rows)]
-            targets = _round_up(batch.targets, 16)
-            options = {**self._head_options, "temperature": temperature}
-            columns = heads.word_logprobs(self.model, hidden, targets, options, collisions, entropy)
-        columns = tuple(column[:n] for column in columns)
-        return columns if len(columns) > 1 else columns[0]
+            if role == VALUE:
+                return self._values(batch, self._states(batch, role))
+            if role is not None:
+                rows = _rows_of_ends(batch)
+                hidden = self._states(batch, role).index_select(0, _round_up(rows, 16))
+                return heads.scores(self.reward_heads[role], hidden)[: len(rows)]
+            return self._own(batch, collisions, temperature, entropy, values)
+
+    def _own(
+        self, batch: Batch, collisions: bool, temperature: float, entropy: bool, values: bool
+    ) -> Any:
+        """What forward gives under the active adapter."""
+        rows, n = batch.score_rows, len(batch.targets)
+        if self.is_reward_model:
+            rows = _rows_of_ends(batch)
+        states = self._states(batch)
+        hidden = states.index_select(0, _round_up(rows, 16))
+        if self.is_reward_model:
+            return heads.scores(self.model.score, hidden)[: len(rows)]
+        targets = _round_up(batch.targets, 16)
+        options = {**self._head_options, "temperature": temperature}
+        found = heads.word_logprobs(self.model, hidden, targets, options, collisions, entropy)
+        columns = [column[:n] for column in found]
+        if values:
+            own = states if self.critic_kind != "adapter" else self._states(batch, VALUE)
+            columns.append(self._values(replace(batch, end_rows=None), own)[0])
+        return tuple(columns) if len(columns) > 1 else columns[0]
+
+    def _states(self, batch: Batch, role: str | None = None) -> Tensor:
+        """Last hidden states, [rows * row length, D], under the adapter of a role or the active
+        one."""
+        if role is None or (role == VALUE and self.critic_kind != "adapter"):
+            return self._hidden(batch).flatten(0, -2)
+        with lora_module.adapters(self.model, role) as modules:
+            self._switched = modules, role
+            try:
+                return self._hidden(batch).flatten(0, -2)
+            finally:
+                self._switched = None
+
+    def _values(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.value_head is None:
+            raise InputError(f"{self.base} has no critic here; roles.add_critic gives it one")
+        n, ends = len(batch.score_rows), batch.end_rows
+        rows = batch.score_rows if ends is None else torch.cat([batch.score_rows, ends])
+        hidden = states.index_select(0, _round_up(rows, 16))
+        found = heads.scores(self.value_head, hidden)[: len(rows)]
+        return found[:n], None if ends is None else found[n:]
+
+    def values(self, batch: Batch, *, ends: bool = False) -> Any:
+        """What the critic expects before each of ``batch.targets``, [N] float32; with ``ends`` also
+        behind the last token of each response, [R], of a batch packed with ``ends=True``."""
+        if ends:
+            _rows_of_ends(batch)
+        found = self(batch, role=VALUE)
+        return found if ends else found[0]
 
     def scores(self, batch: Batch) -> Tensor:
         """Scores of the responses of a reward model, [R] float32; the batch is packed with
@@ -230,6 +281,18 @@ class Policy(nn.Module):
         checkpointing runs it again in backward."""
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass, under the roles they had in forward."""
+        model = self.model  # whose method transformers 5.23 renamed
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": self._in_and_again})
+
+    def _in_and_again(self) -> tuple[Any, Any]:
+        """The contexts of a forward and of its repetition in backward."""
+        nothing, now = contextlib.nullcontext(), self._switched
+        return nothing, nothing if now is None else lora_module.switched(*now)
 
     @contextlib.contextmanager
     def plain_attention(self) -> Iterator[None]:
@@ -282,29 +345,52 @@ class Policy(nn.Module):
 
     # -- training, generating, saving
 
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of what an optimizer moves: the adapter, or every weight."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def trainable(self, role: str = "policy") -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what an optimizer moves: the adapter, or every weight. The role
+        "value" is the critic, the head and what it has to itself."""
+        return [(name, p) for name, p in self._of_role(role) if p.requires_grad]
 
-    def resumable(self) -> list[tuple[str, nn.Parameter]]:
+    def resumable(self, role: str = "policy") -> list[tuple[str, nn.Parameter]]:
         """What a checkpoint holds: what trains, and where PiSSA started, which another machine's
         singular vectors would not give to the bit."""
-        starts = (f".A0.{ADAPTER}", f".B0.{ADAPTER}")
-        named = self.model.named_parameters()
+        starts = (f".A0.{ADAPTER}", f".B0.{ADAPTER}", f".A0.{VALUE}", f".B0.{VALUE}")
+        named = self._of_role(role)
         return [(name, p) for name, p in named if p.requires_grad or name.endswith(starts)]
 
-    def parameter_groups(self, lr: float, lora_plus: float = 1.0) -> list[dict[str, Any]]:
+    def _of_role(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters but those of other roles."""
+        if role not in ("policy", VALUE):
+            raise InputError(f"the roles that train are 'policy' and {VALUE!r}, not {role!r}")
+        if role == VALUE and self.value_head is None:
+            raise InputError(f"{self.base} has no critic here; roles.add_critic gives it one")
+        apart = self.critic_kind == "adapter"
+        critics = set(map(id, lora_module.all_parameters(self.model, VALUE))) if apart else set()
+        for name, p in self.model.named_parameters():
+            of_critic = self.critic_kind == "model" or id(p) in critics
+            if of_critic == (role == VALUE):
+                yield name, p
+        if role == VALUE and self.value_head is not None:
+            yield from self.value_head.named_parameters("value_head")
+
+    def parameter_groups(
+        self, lr: float, lora_plus: float = 1.0, *, role: str = "policy"
+    ) -> list[dict[str, Any]]:
         """What an optimizer takes; with ``lora_plus``, LoRA's B learns so many times as fast as A.
 
         InputError where there is nothing to train: 4-bit weights without an adapter.
         """
         if self.adapter is None and any(isinstance(m, NF4Linear) for m in self.model.modules()):
             raise InputError("4-bit weights cannot be trained; train an adapter on them (--lora.r)")
+        trained = [p for _, p in self.trainable(role)]
         if lora_plus == 1:
-            return [{"params": [p for _, p in self.trainable()], "lr": lr}]
+            return [{"params": trained, "lr": lr}]
         if self.adapter is None:
             raise InputError("lora_plus is about the two factors of LoRA, and there is no adapter")
-        return lora_module.lora_plus_groups(self.model, self.adapter, lr, lora_plus)
+        name = VALUE if role == VALUE and self.critic_kind == "adapter" else self.adapter
+        groups = lora_module.lora_plus_groups(self.model, name, lr, lora_plus)
+        if role == VALUE and self.value_head is not None:
+            groups[0]["params"].extend(self.value_head.parameters())
+        return groups
 
     def use_float32_masters(self) -> None:
         """For full fine-tuning in 16 bits: float32 weights, computed with under autocast.
@@ -358,6 +444,15 @@ class Policy(nn.Module):
         that a folder of this name is whole or not there.
         """
         saving.save_policy(self, Path(folder))
+
+
+def _rows_of_ends(batch: Batch) -> Tensor:
+    if batch.end_rows is None:
+        raise InputError(
+            "what is read at the last token of each response, as the scores of a reward model are, "
+            "needs batches of pack(..., ends=True)"
+        )
+    return batch.end_rows
 
 
 def _round_up(x: Tensor, multiple: int) -> Tensor:

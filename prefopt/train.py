@@ -116,9 +116,7 @@ class _Loop:
         torch.manual_seed(config.seed)
         policy.use_float32_masters()
         if config.gradient_checkpointing:
-            model = policy.model  # whose method transformers 5.23 renamed
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            policy.checkpoint_activations()
         lr = config.lr or (2e-4 if policy.adapter else 1e-5)
         groups = policy.parameter_groups(lr, config.lora_plus)
         self.optimizer = make_optimizer(groups, lr, weight_decay=config.weight_decay)

@@ -27,12 +27,14 @@ __all__ = [
     "adapter_names",
     "adapters",
     "add_lora",
+    "all_parameters",
     "copy_adapter",
     "has_adapter",
     "is_zero_adapter",
     "lora_layers",
     "lora_parameters",
     "lora_plus_groups",
+    "switched",
     "unload_lora",
 ]
 
@@ -109,12 +111,12 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Lor
 
 
 @contextmanager
-def adapters(model: nn.Module, name: str | None) -> Iterator[None]:
+def adapters(model: nn.Module, name: str | None) -> Iterator[list[Adapted]]:
     """Inside, adapter `name` is active (None: the base alone); afterwards what was before.
 
     May be nested, and changes nothing else. A layer without adapter `name` computes its base.
     Backward does not need the context, except under gradient checkpointing, which runs forward
-    again: there, call it inside.
+    again: there, call it inside, or run the repetition in `switched` with the modules it yields.
     """
     if name is not None:
         require(model, name)
@@ -122,6 +124,13 @@ def adapters(model: nn.Module, name: str | None) -> Iterator[None]:
     for module in modules:
         if module.merged not in (None, name):
             raise InputError(f'adapter "{module.merged}" is merged into the base; unmerge it first')
+    with switched(modules, name):
+        yield modules
+
+
+@contextmanager
+def switched(modules: list[Adapted], name: str | None) -> Iterator[None]:
+    """Inside, adapter `name` is active in these modules."""
     before = [module.active for module in modules]
     try:
         for module in modules:
@@ -154,6 +163,13 @@ def lora_parameters(model: nn.Module, name: str = "default") -> list[tuple[str, 
         for path, module in require(model, name)
         for part, parameter in module.parts(name).items()
     ]
+
+
+def all_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Those that adapter `name` trains, and where PiSSA started."""
+    modules = [module for _, module in require(model, name)]
+    starts = [p for m in modules if isinstance(m, LoraLinear) for p in m.starts(name)]
+    return [p for _, p in lora_parameters(model, name)] + starts
 
 
 def lora_plus_groups(model: nn.Module, name: str, lr: float, ratio: float) -> list[dict[str, Any]]:

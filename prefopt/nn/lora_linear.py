@@ -72,6 +72,10 @@ class LoraLinear(Adapted):
         groups = {"A": self.A, "B": self.B, "m": self.m}
         return {part: group[name] for part, group in groups.items() if name in group}
 
+    def starts(self, name: str) -> list[nn.Parameter]:
+        """Where A and B began, of those that began elsewhere than at B = 0"""
+        return [group[name] for group in (self.A0, self.B0) if name in group]
+
     def is_zero(self, name: str) -> bool:
         if name in self.A0:
             start = ((self.A, self.A0), (self.B, self.B0))

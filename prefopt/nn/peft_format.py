@@ -14,6 +14,7 @@ A PiSSA adapter is stored as plain LoRA of twice the rank, which is right on the
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,26 @@ def load_adapter(
     name: str = "default",
     strict: bool = True,
     trainable: bool = True,
+    without: str | None = None,
 ) -> list[str]:
     """Loads the adapter in the folder `dir` as `name`, added to the model if it is not there.
 
     InputError, before the model is touched, for a missing or damaged file, a setting that is not
     supported, a tensor of another shape, and (strict) a missing or surplus tensor. With
     strict=False these two are returned, one line each; a missing tensor keeps what the model has.
+    `without` names a module that was stored with the adapter and is left out: the head of another
+    kind of model on the same base.
     """
     folder = Path(dir)
-    config = only_matching(model, read_config(folder))
-    tensors = load_tensors(folder / TENSORS)
+    config, tensors = read_config(folder), load_tensors(folder / TENSORS)
+    if without is not None:
+        tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{PREFIX}{without}.")}
+        # PEFT names both "classifier" and "score", whichever the model has.
+        kept = [
+            entry for entry in config.modules_to_save if any(f".{entry}." in k for k in tensors)
+        ]
+        config = replace(config, modules_to_save=kept)
+    config = only_matching(model, config)
     modules = {path: m for path, m in adapted_modules(model) if name in m.names}
     if modules:
         _check_same(modules, config, name, folder)
