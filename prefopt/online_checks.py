@@ -86,7 +86,7 @@ class Watch:
         self._history, self._said = History(**state["history"]), state["said"]
 
 
-def repetition(rows: Iterable[Sequence[int]], n: int = 4) -> float:
+def repetition(rows: Iterable[Sequence[int] | np.ndarray], n: int = 4) -> float:
     """Share of the n-grams of tokens that their own row has had before: 0 where none repeats.
 
     1 - distinct / all, both summed over the rows (the seq-rep-n of Welleck et al. 2020, arXiv
