@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors", "durable"),
     (
-        *("logprobs", "folding", "tiles", "rl", "dispatch"),
+        *("logprobs", "folding", "tiles", "rl", "rl_losses", "dispatch"),
         *("losses", "loss_names", "shaping", "ranking", "user_functions"),
     ),
     (
@@ -57,6 +57,7 @@ ONLY = {
     "folding": {"torch", "prefopt.dispatch", "prefopt.tiles"},
     "logprobs": {"torch", "prefopt.dispatch", "prefopt.folding", "prefopt.tiles"},
     "rl": {"torch", "prefopt.errors"},
+    "rl_losses": {"torch", "prefopt.errors", "prefopt.rl", "prefopt.user_functions"},
 }
 DATA_MAY_IMPORT = ("errors", "durable", "data")
 COLLECTIVES_IN = ("distributed", "step", "metrics")
