@@ -76,6 +76,37 @@ _MODULE_OF = {
     "evaluate": "evaluate",
     "train": "train",
     "load_reward": "rewards",
+    "train_ppo": "online",
+    "PPOConfig": "online_config",
+    "KLConfig": "online_config",
+    "PPO": "objectives.ppo",
+    "gae": "rl",
+    "group_advantages": "rl",
+    "advantages": "rl",
+    "ESTIMATORS": "rl",
+    "kl_estimate": "rl",
+    "shape_rewards": "rl",
+    "whiten": "rl",
+    "moments": "rl",
+    "RunningMoments": "rl",
+    "AdaptiveKL": "rl",
+    "ppo_policy_loss": "rl_losses",
+    "gspo_policy_loss": "rl_losses",
+    "cispo_policy_loss": "rl_losses",
+    "reinforce_policy_loss": "rl_losses",
+    "policy_loss_from": "rl_losses",
+    "POLICY_LOSSES": "rl_losses",
+    "ppo_value_loss": "rl_losses",
+    "kl_loss": "rl_losses",
+    "importance_weights": "rl_losses",
+    "aggregate": "rl_losses",
+    "SamplingParams": "rollout.types",
+    "Sample": "rollout.types",
+    "RolloutEngine": "rollout.types",
+    "TorchEngine": "rollout.torch_engine",
+    "ContinuousEngine": "rollout.continuous",
+    "add_critic": "roles",
+    "add_reward_role": "roles",
     "iterate": "rounds",
     "Run": "train",
 }
@@ -83,7 +114,9 @@ _FUNCTIONS_NAMED_LIKE_THEIR_MODULE = ("evaluate", "train")
 
 # `X as X`, because that is how a type checker knows a re-export; a test keeps both lists equal.
 if TYPE_CHECKING:
+    from prefopt import evaluate as evaluate
     from prefopt import losses as losses
+    from prefopt import train as train
     from prefopt.config import TrainConfig as TrainConfig
     from prefopt.data.dialogues import load_dialogues as load_dialogues
     from prefopt.data.encode import encode_feedback as encode_feedback
@@ -105,7 +138,6 @@ if TYPE_CHECKING:
     from prefopt.data.records import Ranking as Ranking
     from prefopt.data.sources import load_preferences as load_preferences
     from prefopt.errors import InputError as InputError
-    from prefopt.evaluate import evaluate as evaluate
     from prefopt.logprobs import gather_logprobs as gather_logprobs
     from prefopt.logprobs import join_shards as join_shards
     from prefopt.logprobs import sequence_logprobs as sequence_logprobs
@@ -133,21 +165,51 @@ if TYPE_CHECKING:
     from prefopt.nn.quantize import quantize_model as quantize_model
     from prefopt.objectives.dpo import DPO as DPO
     from prefopt.objectives.kto import KTO as KTO
+    from prefopt.objectives.ppo import PPO as PPO
     from prefopt.objectives.reward import Reward as Reward
     from prefopt.objectives.sft import SFT as SFT
+    from prefopt.online import train_ppo as train_ppo
+    from prefopt.online_config import KLConfig as KLConfig
+    from prefopt.online_config import PPOConfig as PPOConfig
     from prefopt.pair_making import make_pairs as make_pairs
     from prefopt.policy import Policy as Policy
     from prefopt.ranking import bradley_terry as bradley_terry
     from prefopt.ranking import plackett_luce as plackett_luce
     from prefopt.reference import ReferenceCache as ReferenceCache
     from prefopt.rewards import load_reward as load_reward
+    from prefopt.rl import ESTIMATORS as ESTIMATORS
+    from prefopt.rl import AdaptiveKL as AdaptiveKL
+    from prefopt.rl import RunningMoments as RunningMoments
+    from prefopt.rl import advantages as advantages
+    from prefopt.rl import gae as gae
+    from prefopt.rl import group_advantages as group_advantages
+    from prefopt.rl import kl_estimate as kl_estimate
+    from prefopt.rl import moments as moments
+    from prefopt.rl import shape_rewards as shape_rewards
+    from prefopt.rl import whiten as whiten
+    from prefopt.rl_losses import POLICY_LOSSES as POLICY_LOSSES
+    from prefopt.rl_losses import aggregate as aggregate
+    from prefopt.rl_losses import cispo_policy_loss as cispo_policy_loss
+    from prefopt.rl_losses import gspo_policy_loss as gspo_policy_loss
+    from prefopt.rl_losses import importance_weights as importance_weights
+    from prefopt.rl_losses import kl_loss as kl_loss
+    from prefopt.rl_losses import policy_loss_from as policy_loss_from
+    from prefopt.rl_losses import ppo_policy_loss as ppo_policy_loss
+    from prefopt.rl_losses import ppo_value_loss as ppo_value_loss
+    from prefopt.rl_losses import reinforce_policy_loss as reinforce_policy_loss
+    from prefopt.roles import add_critic as add_critic
+    from prefopt.roles import add_reward_role as add_reward_role
+    from prefopt.rollout.continuous import ContinuousEngine as ContinuousEngine
+    from prefopt.rollout.torch_engine import TorchEngine as TorchEngine
+    from prefopt.rollout.types import RolloutEngine as RolloutEngine
+    from prefopt.rollout.types import Sample as Sample
+    from prefopt.rollout.types import SamplingParams as SamplingParams
     from prefopt.rounds import iterate as iterate
     from prefopt.shaping import desensitised as desensitised
     from prefopt.shaping import f_divergence as f_divergence
     from prefopt.shaping import wpo_weights as wpo_weights
     from prefopt.step import optimizer_step as optimizer_step
     from prefopt.train import Run as Run
-    from prefopt.train import train as train
 
 __all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 

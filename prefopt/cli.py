@@ -18,6 +18,7 @@ from prefopt import (
     cache_commands,
     commands,
     data_commands,
+    online_commands,
     pair_commands,
     train_commands,
     weight_commands,
@@ -26,12 +27,20 @@ from prefopt.command_groups import Reading, Sampling, Setup
 from prefopt.config import TrainConfig
 from prefopt.errors import InputError
 from prefopt.nn.lora_config import LoraConfig
+from prefopt.online_config import KLConfig, PPOConfig
 from prefopt.usage import argument_message
 
 Command = Callable[..., int]
 BARE_FLAGS = ("dry_run", "quiet", "gradient_checkpointing", "force", "wpo")
 # Parameters that stand for many flags.
-GROUPS = {"setup": Setup, "config": TrainConfig, "sampling": Sampling, "reading": Reading}
+GROUPS = {
+    "setup": Setup,
+    "config": TrainConfig,
+    "online": PPOConfig,
+    "sampling": Sampling,
+    "reading": Reading,
+}
+NESTED = {"lora": LoraConfig, "kl": KLConfig}  # fields that hold flags of their own
 SUBJECT = {  # what a first word without a flag is: `prefopt report runs/hh`
     "report": "--run",
     "eval": "--model",
@@ -44,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "sft": train_commands.sft,
     "reward": train_commands.reward,
     "dpo": train_commands.dpo,
+    "ppo": online_commands.ppo,
     "eval": commands.evaluate_model,
     "generate": commands.generate,
     "demo": commands.demo,
@@ -169,8 +179,9 @@ def run(parsed: Namespace) -> int:
         chosen = chosen[name]
     function, arguments = table[name], dict(vars(chosen))
     arguments.pop("config", None)
-    if isinstance(arguments.get("lora"), Namespace):
-        arguments["lora"] = LoraConfig(**vars(arguments["lora"]))
+    for key, kind in NESTED.items():
+        if isinstance(arguments.get(key), Namespace):
+            arguments[key] = kind(**vars(arguments[key]))
     for name in _groups(function):
         group: Any = GROUPS[name]
         arguments[name] = group(**{k: arguments.pop(k) for k in group.__dataclass_fields__})

@@ -44,7 +44,9 @@ class Collector:
     ):
         self.policy, self.critic, self.engine, self.config = policy, critic, engine, config
         self.rewards, self.weights, self.watched = rewards, weights, watched
-        self.stats = {name: getattr(reward, "score_stats", None) for name, reward in rewards.items()}
+        self.stats = {
+            name: getattr(reward, "score_stats", None) for name, reward in rewards.items()
+        }
         for name, stats in self.stats.items():
             if config.normalize_scores == "reference" and stats is None:
                 raise InputError(
@@ -221,7 +223,6 @@ class Collector:
             row["objective/kl_coef"] = beta
             row["objective/rlhf_reward"] = row["objective/scores"] - beta * row["objective/kl"]
         return row
-
 
     def gap(self, exp: Experience) -> dict[str, float]:
         """How far the sampler's log-probs are from the trainer's."""

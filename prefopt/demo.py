@@ -1,8 +1,9 @@
 """`prefopt demo`: the whole way on the tiny model in the package, in a minute or two of CPU.
 
 Its assistant was pretrained on answers of both kinds, helpful and polite as well as curt, wrong,
-rude or unsafe, about equally often. Imitating the better answers and DPO on pairs of the two change
-which of them it gives; a reward model trained on the same pairs says by how much.
+rude or unsafe, about equally often. Imitating the better answers, DPO on pairs of the two, and PPO
+on answers of its own change which of them it gives; a reward model trained on the same pairs is
+what PPO learns from, and says by how much.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from prefopt import durable, loading
 from prefopt.config import TrainConfig
 from prefopt.data.audit.doctor import examine
+from prefopt.data.prompts import load_prompts
 from prefopt.data.records import Message
 from prefopt.data.sources import load_preferences
 from prefopt.errors import InputError
@@ -28,6 +30,8 @@ from prefopt.nn.lora import LoraConfig
 from prefopt.objectives.dpo import DPO
 from prefopt.objectives.reward import Reward
 from prefopt.objectives.sft import SFT
+from prefopt.online import train_ppo
+from prefopt.online_config import KLConfig, PPOConfig
 from prefopt.policy import Generation, Policy
 from prefopt.report import write_report
 from prefopt.rewards import load_reward
@@ -35,7 +39,7 @@ from prefopt.rundir import RunDir
 from prefopt.train import train
 
 SETTINGS: dict[str, Any] = {"max_length": 256, "save_every": 0, "samples": 0}
-SFT_STEPS, BETA = 40, 0.1
+SFT_STEPS, BETA, PPO_UPDATES = 40, 0.1, 24
 
 
 @dataclass
@@ -67,9 +71,23 @@ class Demo:
         recorded: dict[str, Any] = {"model": "embedded" if name == "sft" else "embedded after SFT"}
         recorded |= {"data": "embedded"}
         recorded |= {"loss": "dpo", "beta": BETA} if name == "dpo" else {}
-        if train(objective, policy, data, config, settings=recorded).stopped:
+        return self.result(train(objective, policy, data, config, settings=recorded))
+
+    def ppo(self, policy: Policy, prompts: Any, reward: Path) -> Any:
+        """Online, into a folder of its own; its evaluation before and after."""
+        steps = min(PPO_UPDATES, self.max_steps or PPO_UPDATES)
+        config = PPOConfig(
+            str(self.folder / "ppo"), max_steps=steps, save_every=0, max_length=256,
+            max_new_tokens=48, batch_size=32, lr=5e-4, kl=KLConfig(beta=0.05), epochs=2,
+            eval_prompts=32, missing_stop_penalty=1.0,
+        )  # fmt: skip
+        recorded = {"model": "embedded after SFT", "data": "embedded", "reward": str(reward)}
+        return self.result(train_ppo(policy, prompts, reward, config, settings=recorded))
+
+    def result(self, run: Any) -> Any:
+        if run.stopped:
             raise _Stopped
-        return json.loads((self.folder / name / "evaluation.json").read_text())
+        return json.loads((run.dir / "evaluation.json").read_text())
 
 
 class _Stopped(Exception):
@@ -77,10 +95,10 @@ class _Stopped(Exception):
 
 
 def run_demo(out: str | None, max_steps: int | None, say) -> int:
-    """Data check, SFT, reward model, DPO; the same prompts on the way. ``say`` prints a line."""
+    """Data check, SFT, reward model, DPO, PPO; the same prompts on the way. ``say`` prints a line."""
     began = time.monotonic()
     folder = Path(out) if out else _new_folder(Path("runs"))
-    for name in ("sft", "reward", "dpo"):
+    for name in ("sft", "reward", "dpo", "ppo"):
         RunDir(folder / name, resuming=False)
     demo = Demo(folder, max_steps, say, [])
     try:
@@ -88,20 +106,20 @@ def run_demo(out: str | None, max_steps: int | None, say) -> int:
     except _Stopped:
         say("stopped")
         return 0
-    book = RunDir(folder / "dpo", resuming=True)
+    book = RunDir(folder / "ppo", resuming=True)
     prompts = _prompts()
     for step, stage in enumerate(answers):
         place = {0: "before", len(answers) - 1: "after"}.get(step, stage)
         book.add_samples(step, place, prompts, answers[stage])
     lines = "".join(json.dumps(row) + "\n" for row in demo.stages)
-    durable.write_bytes(folder / "dpo" / "stages.jsonl", lines.encode())
+    durable.write_bytes(folder / "ppo" / "stages.jsonl", lines.encode())
 
     say("the same prompts on the way", "bold")
     for i, prompt in enumerate(prompts):
         say(f"   > {prompt[-1].content}", "dim")
         for stage, given in answers.items():
-            say(f"     {stage + ':':<10} {_shown(given[i])}", "green" if stage == "DPO" else None)
-    say(f"{format_duration(time.monotonic() - began)}; report: {write_report(folder / 'dpo')}")
+            say(f"     {stage + ':':<10} {_shown(given[i])}", "green" if stage == "PPO" else None)
+    say(f"{format_duration(time.monotonic() - began)}; report: {write_report(folder / 'ppo')}")
     return 0
 
 
@@ -146,6 +164,17 @@ def _stages(demo: Demo) -> dict[str, list[Generation]]:
             f"{after['logps/accuracies']:.0%}; preferred more than before in {_share(after)}"
         )
 
+    def ppo() -> str:
+        policy = _policy(demo.folder / "sft", lora=LoraConfig())
+        asked = load_prompts(known["pairs"])
+        found = demo.ppo(policy, asked, demo.folder / "reward")
+        answers["PPO"] = policy.generate(prompts, max_new_tokens=48)
+        before, after = found["before"], found["after"]
+        return (
+            f"mean reward of its own answers, held out: {before['scores']:.2f} before, "
+            f"{after['scores']:.2f} after, {after['kl']:.1f} nats from where it started"
+        )
+
     def scores() -> str:
         judge = load_reward(str(demo.folder / "reward"), device="cpu", dtype="float32")
         means = []
@@ -155,7 +184,7 @@ def _stages(demo: Demo) -> dict[str, list[Generation]]:
         return f"mean reward of the answers to {len(prompts)} prompts: {', '.join(means)}"
 
     for name, work in (("data check", check), ("SFT", sft), ("reward model", reward),
-                       ("DPO", dpo), ("rewards of the answers", scores)):  # fmt: skip
+                       ("DPO", dpo), ("PPO", ppo), ("rewards of the answers", scores)):  # fmt: skip
         demo.stage(name, work)
     return answers
 

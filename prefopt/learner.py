@@ -68,7 +68,6 @@ class Learner:
             else:
                 self.critic_side = Side(critic, value_groups, value_named, config)
         self.side = Side(policy, groups, named, config)
-        self.seen: dict[str, Any] = {}  # what the forwards of an update said of the ratio
         self.objective: Any = DPO(beta=config.kl.beta) if config.loss == "dpo" else self._ppo()
         self.value_objective = ValueLoss(config.value_clip)
 
@@ -100,6 +99,11 @@ class Learner:
         both = {"optimizer": self.side, "critic_optimizer": self.critic_side}
         return {name: side for name, side in both.items() if side is not None}
 
+    def set_beta(self, beta: float) -> None:
+        """Of the KL in the loss, where it is there."""
+        if self.config.loss != "dpo":
+            self.objective.beta = beta
+
     def step(self, exp: Experience, places: Sequence[int], *, warming_up: bool) -> dict[str, float]:
         """One optimizer step on the groups at ``places``; the critic alone while it warms up.
         Returns what happened, as means over tokens or pairs; {} where nothing could be learnt."""
@@ -113,7 +117,7 @@ class Learner:
         if not warming_up:
             if "old" not in exp.columns:
                 self.objective.on_logprobs = lambda batch, logp: exp.record("old", batch, logp)
-            row = self._take(self.side, self.objective, batches)
+            row = self._take(self.side, self.objective, batches) | self.objective.take_extremes()
             self.objective.on_logprobs = None
         if self.critic_side is not None:
             taken = self._take(self.critic_side, self.value_objective, batches)

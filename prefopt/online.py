@@ -25,18 +25,20 @@ from prefopt.errors import InputError
 from prefopt.experience import Experience
 from prefopt.learner import Learner
 from prefopt.metrics import MetricsLog, peak_memory_bytes, read_metrics
+from prefopt.nn.adapted import adapted_modules
 from prefopt.online_checks import Watch, repetition
 from prefopt.online_config import PPOConfig
 from prefopt.online_plan import PromptPlan, minibatches, plan_prompts, update_groups
 from prefopt.online_state import Update, restore, save
 from prefopt.online_table import OnlineTable
 from prefopt.optim import lr_factor, warmup_steps
+from prefopt.policy import ADAPTER
 from prefopt.prepare import find_checkpoint
 from prefopt.rewards import Reward, load_rewards
 from prefopt.rl import AdaptiveKL, explained_variance
 from prefopt.roles import make_critic, save_critic
-from prefopt.rollout.continuous import ContinuousEngine
 from prefopt.rollout.torch_engine import TorchEngine
+from prefopt.rollout.types import RolloutEngine
 from prefopt.rundir import RunDir
 from prefopt.stats import bootstrap_ci
 from prefopt.stop import Stopped, StopSignal
@@ -71,15 +73,14 @@ def train_ppo(
         return Run(run.dir)
     resume_from = find_checkpoint(config)
     _prepare(policy, config)
-    where = {"device": str(policy.device), "share": policy}
+    where = {"device": str(policy.device)}
     rewards = load_rewards(reward, reward_weights, **where)
     watched = {} if held_out_reward is None else load_rewards(held_out_reward, **where)
     plan = plan_prompts(policy, prompts, config)
     key = policy.reference_key()  # before anything trains
     critic = make_critic(policy, config, rewards) if config.has_critic else None
     learner = Learner(policy, critic, config)
-    engine: Any = TorchEngine if config.engine == "torch" else ContinuousEngine
-    engine = engine(policy, slots=config.slots)
+    engine = make_engine(policy, config)
     collector = Collector(policy, critic, engine, rewards, reward_weights, watched, config)
     loop = Loop(plan, collector, learner, config, key, run)
     if resume_from is not None:
@@ -106,7 +107,8 @@ def _prepare(policy: Any, config: PPOConfig) -> None:
     """The policy as it trains; InputError for what would make its log-probs random."""
     if policy.is_reward_model:
         raise InputError(f"{policy.base} is a reward model, which writes no text")
-    dropout = max((c.dropout for c in policy.adapter_configs()), default=0.0)
+    modules = [m for _, m in adapted_modules(policy.model)]
+    dropout = max((m.configs[ADAPTER].dropout for m in modules if ADAPTER in m.configs), default=0)
     if dropout:
         raise InputError(
             f"lora.dropout is {dropout}: with dropout the policy that learns is never the one that "
@@ -118,6 +120,14 @@ def _prepare(policy: Any, config: PPOConfig) -> None:
         policy.checkpoint_activations()
     if policy.adapter is None and config.kl.beta:
         policy.moved = moving.copy_weights(policy.trainable())  # the reference stays here
+
+
+def make_engine(policy: Any, config: PPOConfig) -> RolloutEngine:
+    if config.engine == "torch":
+        return TorchEngine(policy, slots=config.slots)
+    from prefopt.rollout.continuous import ContinuousEngine
+
+    return ContinuousEngine(policy, slots=config.slots)
 
 
 class Loop:
@@ -133,7 +143,11 @@ class Loop:
         run: RunDir,
     ):
         self.plan, self.collector, self.learner, self.config = plan, collector, learner, config
-        self.run_dir, self.table, self.stop = run, OnlineTable(plan.updates, quiet=True), StopSignal()
+        self.run_dir, self.table, self.stop = (
+            run,
+            OnlineTable(plan.updates, quiet=True),
+            StopSignal(),
+        )
         self.policy, self.key = learner.policy, key
         self.beta = AdaptiveKL(config.kl.beta, config.kl.target, config.kl.horizon)
         self.watch = Watch(

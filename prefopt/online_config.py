@@ -11,9 +11,7 @@ from prefopt.errors import InputError
 
 Estimator = Literal["gae", "reinforce++", "rloo", "grpo", "dr_grpo", "rf++_baseline"]
 Loss = Literal["ppo", "gspo", "cispo", "reinforce", "dpo"]
-Aggregation = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum-const"
-]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum-const"]
 GROUPED = ("rloo", "grpo", "dr_grpo", "rf++_baseline")  # compare samples of the same prompt
 
 
@@ -114,7 +112,7 @@ class PPOConfig:
     loss: Loss = "ppo"
     loss_options: dict[str, Any] | None = None
     aggregation: Aggregation | None = None
-    kl: KLConfig = KLConfig()  # noqa: RUF009 - frozen
+    kl: KLConfig = KLConfig()
     entropy_coef: float = 0.0
     batch_size: int = 32
     samples_per_prompt: int | None = None

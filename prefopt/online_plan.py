@@ -58,7 +58,9 @@ def plan_prompts(policy: Any, prompts: Sequence[list[Message]], config: PPOConfi
             "prompts without room": len(ids) - len(fitting),
         },
     }
-    return PromptPlan(prompts, ids, train, held_out, min(updates, config.max_steps or updates), notes)
+    return PromptPlan(
+        prompts, ids, train, held_out, min(updates, config.max_steps or updates), notes
+    )
 
 
 def update_groups(train: list[int], config: PPOConfig) -> Iterator[tuple[float, list[int]]]:

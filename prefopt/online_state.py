@@ -39,6 +39,11 @@ class Update:
         """Take in what one optimizer step said."""
         for name, value in step.items():
             if name in EXTREMES:
+                if self.done == 0:
+                    far = abs(value - 1)
+                    self.row["policy/ratio_first"] = max(
+                        self.row.get("policy/ratio_first", 0.0), far
+                    )
                 self.row[name] = EXTREMES[name](self.row.get(name, value), value)
             else:
                 total, count = self.sums.get(name, (0.0, 0))
@@ -75,7 +80,8 @@ def save(loop: Any) -> None:
     if pending is not None:
         groups["pending"] = _tensors(pending.exp)
         state["pending"] = {
-            key: getattr(pending, key) for key in ("number", "epoch", "numbers", "row", "done", "sums")
+            key: getattr(pending, key)
+            for key in ("number", "epoch", "numbers", "row", "done", "sums")
         }
     root = loop.run_dir.dir / "checkpoints"
     checkpoint.save_checkpoint(root, loop.update, groups, state, keep=loop.config.keep)

@@ -108,7 +108,9 @@ def evaluation_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """Perplexity, or accuracy and margin of a preference evaluation, with intervals."""
+    """Score, perplexity, or accuracy and margin of a preference evaluation, with intervals."""
+    if "scores" in summary:
+        return _score_line(summary)
     if "perplexity" in summary:
         low, high = summary["perplexity_low"], summary["perplexity_high"]
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
@@ -125,3 +127,16 @@ def summary_line(summary: dict[str, Any]) -> str:
         return f"{text} ({n} pair{'s' * (n > 1)} of one prompt)"
     text += f" [{summary['margin_low']:.3f}, {summary['margin_high']:.3f}]"
     return f"{text} ({n} pairs, 95% intervals over {summary['prompts']} prompts)"
+
+
+def _score_line(summary: dict[str, Any]) -> str:
+    """Of answers to held-out prompts."""
+    text = f"score {summary['scores']:.3f}"
+    if "scores_low" in summary:
+        text += f" [{summary['scores_low']:.3f}, {summary['scores_high']:.3f}]"
+    if "kl" in summary:
+        text += f", {summary['kl']:.2f} nats from the reference"
+    return (
+        f"{text} ({summary['n']} prompts, {summary['lengths']:.0f} tokens on average, "
+        f"{summary['stop_rate']:.0%} ended by themselves)"
+    )

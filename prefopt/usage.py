@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefopt.nn.lora_config import LoraConfig
+from prefopt.online_config import KLConfig
 
 # What the same thing is called elsewhere, and too unlike our name to be found by its letters.
 ALIASES = {
@@ -26,6 +27,24 @@ ALIASES = {
     "rank": "lora.r",
     "lora_r": "lora.r",
     "lora.rank": "lora.r",
+    "kl_coef": "kl.beta",
+    "init_kl_coef": "kl.beta",
+    "kl_estimator": "kl.kind",
+    "cliprange": "loss.clip",
+    "epsilon": "loss.clip",
+    "epsilon_high": "loss.clip_high",
+    "cliprange_value": "value_clip",
+    "vf_coef": "value_coef",
+    "num_ppo_epochs": "ppo_epochs",
+    "num_mini_batches": "minibatches",
+    "num_generations": "samples_per_prompt",
+    "response_length": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "missing_eos_penalty": "missing_stop_penalty",
+    "reward_funcs": "reward",
+    "reward_model_path": "reward",
+    "advantage_estimator": "estimator",
+    "loss_agg_mode": "aggregation",
 }
 KINDS = {
     "int": "a whole number",
@@ -161,7 +180,10 @@ def _flags(parser: Any, args: Sequence[str]) -> list[str]:
     names = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
     if "lora" in names:
         names |= {f"lora.{name}" for name in LoraConfig.__dataclass_fields__}
-    if "loss" in names:
+    if "kl" in names:
+        names |= {f"kl.{name}" for name in KLConfig.__dataclass_fields__}
+        names |= {"loss.clip", "loss.clip_high", "loss.dual_clip"}
+    elif "loss" in names:
         names |= {"loss.label_smoothing", "loss.gamma"}
-    hidden = {"h", "help", "lora.help", "print_shtab", "prompt+"}
+    hidden = {"h", "help", "lora.help", "kl.help", "print_shtab", "prompt+"}
     return sorted(names - hidden)

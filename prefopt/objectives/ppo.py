@@ -23,11 +23,11 @@ from prefopt.rl_losses import (
     kl_loss,
     policy_loss_from,
     ppo_value_loss,
-    ratio_statistics,
     token_weights,
 )
 
 Sums = dict[str, Tensor]
+EXTREMES = {"policy/ratio_max": torch.maximum, "policy/ratio_min": torch.minimum}
 
 
 class PPO:
@@ -58,20 +58,20 @@ class PPO:
     ):
         self.loss = policy_loss_from(loss, **options)
         self.name, self.temperature = loss, temperature
-        self.clips = {k: v for k, v in options.items() if k in ("clip", "clip_high")}
         self.aggregation, self.denom = aggregation, denom
         self.kl_loss_kind, self.beta, self.entropy_coef = kl_loss_kind, beta, entropy_coef
         self.importance, self.importance_cap = importance, importance_cap
         self.value_coef, self.value_clip = value_coef, value_clip
         self.on_logprobs = on_logprobs
+        self.extremes: Sums = {}
 
     def __call__(self, policy, batch: Batch) -> tuple[Tensor, Tensor, Sums]:
         known: Any = batch.columns
         rows = _Rows(batch)
         asked = {"entropy": self.entropy_coef > 0, "values": self.value_coef is not None}
         asked = {name: True for name, wanted in asked.items() if wanted}
-        found = policy(batch, temperature=self.temperature, **asked)
-        columns = list(found) if asked else [found]
+        given = policy(batch, temperature=self.temperature, **asked)
+        columns = list(given) if asked else [given]
         logp = columns.pop(0)
         if self.on_logprobs is not None:
             self.on_logprobs(batch, logp.detach())
@@ -100,8 +100,18 @@ class PPO:
             wrong = (weights * wrong.where(mask, 0.0)).sum()
             sums["loss/value"] = wrong.detach()
             total = total + self.value_coef * wrong
-        sums |= ratio_statistics(logp, old, advantages, mask, **self.clips)
-        return total, count, sums
+        found = self.loss.statistics(logp, old, advantages, mask)
+        for name, of_two in EXTREMES.items():  # no sums
+            value = found.pop(name)
+            before = self.extremes.get(name, value)
+            self.extremes[name] = of_two(before, value)
+        return total, count, {**sums, **found}
+
+    def take_extremes(self) -> dict[str, float]:
+        """The largest and smallest ratio since the last call."""
+        found = {name: value.item() for name, value in self.extremes.items()}
+        self.extremes = {}
+        return found
 
     def _weights(self, mask: Tensor) -> tuple[Tensor, Any]:
         lengths = mask.sum(1)
