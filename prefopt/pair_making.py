@@ -59,10 +59,10 @@ def make_pairs(
     """Rows of preference pairs, as load_preferences reads them, each with its ``lineage``.
 
     Without ``rewards`` the data says how good the responses are, in any schema of load_preferences.
-    With them they do: a callable (prompts, responses) -> scores, a name for load_reward, or several
-    as {name: reward}, which are standardised over all responses and added with ``reward_weights``
-    (see rewards.combine). Then rows may be a prompt with a list of responses, rows with one
-    response each, or preferences of any kind, whose own labels do not count.
+    With them they do: a callable (prompts, responses, **columns) -> scores, a name for load_reward,
+    or several as {name: reward}, which are standardised over all responses and added with
+    ``reward_weights`` (see rewards.combine). Then rows may be a prompt with a list of responses,
+    rows with one response each, or preferences of any kind, whose own labels do not count.
 
     The other arguments are those of load_preferences. ``lineage`` holds `data`, `where` (file and
     line), `schema`, `pairing`, `picks` (which two of the different responses to the
@@ -124,7 +124,7 @@ def _judged(
     with Progress(quiet=quiet) as progress:
         progress.phase("rewards", None)
         while chunk := list(islice(items, CHUNK)):
-            prompts, texts = [], []
+            prompts, texts, rests = [], [], []
             for item in chunk:
                 record = item.record if isinstance(item.record, str) else _responses(item.record)
                 record = _no_room(record, judges) or record
@@ -132,8 +132,10 @@ def _judged(
                 for prompt, responses, _ in [] if isinstance(record, str) else record:
                     prompts += [prompt + turns[:-1] for turns in responses]
                     texts += [turns[-1].content for turns in responses]
+                    rests += [item.rest or {}] * len(responses)
+            columns = {key: [rest.get(key) for rest in rests] for rest in rests for key in rest}
             for name, reward in judges.items() if texts else ():
-                scores[name].extend(score(reward, name, prompts, texts))
+                scores[name].extend(score(reward, name, prompts, texts, columns))
             progress.update(len(lines))
     known = any(map(len, scores.values()))
     scales = {name: getattr(reward, "score_stats", None) for name, reward in judges.items()}

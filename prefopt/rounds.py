@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from prefopt import loading
 from prefopt.config import TrainConfig
 from prefopt.data.pairing import check_pairing
-from prefopt.data.prompts import load_prompts
+from prefopt.data.prompts import columns_of, load_prompts
 from prefopt.data.records import Message, Pair
 from prefopt.data.sources import load_preferences
 from prefopt.data.split import split_pairs
@@ -35,7 +36,7 @@ from prefopt.metrics import Progress
 from prefopt.nn.lora_config import LoraConfig
 from prefopt.objectives.dpo import DPO
 from prefopt.policy import Policy
-from prefopt.rewards import Reward, combine, load_rewards
+from prefopt.rewards import Reward, check_columns, combine, load_rewards
 from prefopt.round_files import RoundsFile, described, digest, figures, show, spelled
 from prefopt.round_pairs import AsSampled, held_out_batches, judge, pair_rows
 from prefopt.sampling import (
@@ -88,9 +89,9 @@ def iterate(
 ) -> list[RoundResult]:
     """Train ``model`` in ``rounds`` rounds on pairs of its own answers, ranked by ``rewards``.
 
-    ``prompts``: what load_prompts takes. ``rewards``: a callable (prompts, responses) -> scores, a
-    name for load_reward, or several as {name: reward}; several are standardised and added with
-    ``reward_weights`` (see rewards.combine). ``objective``: DPO() or another on pairs.
+    ``prompts``: what load_prompts takes. ``rewards``: a callable (prompts, responses, **columns) ->
+    scores, a name for load_reward, or several as {name: reward}; several are standardised and added
+    with ``reward_weights`` (see rewards.combine). ``objective``: DPO() or another on pairs.
     ``samples`` answers to each prompt are paired by ``pairing`` and ``min_gap`` (see
     data.pairing.pair_up); ``prompts_per_round`` takes so many of the prompts, others in each round.
     A response that was cut at ``max_new_tokens`` is trained on without an end. A reward is called
@@ -112,6 +113,7 @@ def iterate(
     sampler = Sampler(samples, temperature, max_new_tokens, config.template, config.seed)
     asked, where = load_prompts(prompts), {"device": device, "dtype": dtype}
     judges = load_rewards(rewards, reward_weights, **where)
+    check_columns(judges, asked.names)
     pairs = {"pairing": pairing, "min_gap": min_gap}
     check_pairing(pairing, None, min_gap, "drop")
     recorded = {
@@ -270,8 +272,9 @@ class _Rounds:
         prompts = {number: self.prompts[number] for number in numbers}
         with Progress(quiet=self.quiet) as progress:
             return answer_all(
-                self.policy, prompts, self.rewards, self.sampler, path, place, progress, self.stop
-            )
+                self.policy, prompts, self.rewards, self.sampler, path, place, progress, self.stop,
+                columns=partial(columns_of, self.prompts),
+            )  # fmt: skip
 
     def pairs(
         self, k: int, answers: list[Answers], held: list[Answers]

@@ -22,7 +22,7 @@ from prefopt.durable import write_bytes
 from prefopt.errors import InputError
 from prefopt.metrics import Progress
 from prefopt.policy import Policy
-from prefopt.rewards import Reward, score
+from prefopt.rewards import Columns, Reward, score
 from prefopt.stop import StopSignal
 
 CHUNK = 32  # prompts
@@ -93,9 +93,11 @@ def answer_all(
     place: Sequence[int],
     progress: Progress,
     stop: StopSignal,
+    columns: Callable[[Sequence[int]], Columns] | None = None,
 ) -> list[Answers]:
     """The answers to numbered prompts, sampled and scored; ``path`` and, beside it, its scores hold
-    what is done already. ``place`` tells these samples from others of the same seed."""
+    what is done already. ``place`` tells these samples from others of the same seed; ``columns``
+    gives what rewards may ask for beside the prompts of these numbers."""
 
     def sample(chunk: int, numbers: list[int]) -> list[dict[str, Any]]:
         asked = [prompts[number] for number in numbers]
@@ -103,9 +105,13 @@ def answer_all(
         return [{"prompt": k, **row} for k, row in zip(numbers, rows, strict=True)]
 
     def judge(_: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        asked = [prompts[row["prompt"]] for row in rows for _ in row["responses"]]
+        numbers = [row["prompt"] for row in rows for _ in row["responses"]]
+        asked = [prompts[number] for number in numbers]
         given = [text for row in rows for text in row["responses"]]
-        scores = {name: score(reward, name, asked, given) for name, reward in rewards.items()}
+        other = columns(numbers) if columns else {}
+        scores = {
+            name: score(reward, name, asked, given, other) for name, reward in rewards.items()
+        }
         at = [slice(i * sampler.n, (i + 1) * sampler.n) for i in range(len(rows))]
         return [
             {"prompt": row["prompt"], "scores": {name: s[part] for name, s in scores.items()}}

@@ -30,7 +30,7 @@ LAYERS = (
         *("rollout", "checkpoint", "saving", "roles", "online_config", "experience"),
     ),
     ("step",),
-    ("objectives", "evaluate", "flops", "rewards"),
+    ("objectives", "evaluate", "flops", "rewards", "reward_model", "http_reward", "scoring"),
     (
         *("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
         *("rounds", "round_files", "round_pairs", "sampling", "pair_making"),

@@ -26,6 +26,7 @@ from prefopt.data.schemas.pairs import PAIR_SCHEMAS
 from prefopt.errors import InputError
 
 SAMPLE = 64  # rows looked at to decide the schema
+LABELS = ("source", "margin")  # canonical columns that hold no text
 SCHEMAS = [*PAIR_SCHEMAS, *CHOICE_SCHEMAS, *LIST_SCHEMAS, *GROUPED_SCHEMAS]
 
 
@@ -146,6 +147,7 @@ def _check_refused(
 def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
     """What the schema makes of the rows."""
     schema, columns = decision.schema, decision.columns
+    read = {*columns, *columns.values()} - {*LABELS, *(columns.get(key) for key in LABELS)}
     unreadable: list[Item] = []
 
     def readable() -> Iterator[Row]:
@@ -165,10 +167,11 @@ def converted(rows: Iterator[Row], decision: Decision) -> Iterator[Item]:
                 yield Item(where, f"{name!r} is {'null' if absent in row else 'missing'}")
                 continue
             made = schema.convert(row)
+            rest = {key: value for key, value in row.items() if key not in read}
             if isinstance(made, Noted):
-                yield Item(where, made.record, note=made.note)
+                yield Item(where, made.record, note=made.note, rest=rest)
             else:
-                yield Item(where, made)
+                yield Item(where, made, rest=rest)
     yield from unreadable
 
 

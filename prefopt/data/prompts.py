@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.data.columns import Columns, Keys, nearest
 from prefopt.data.conversations import read_prompt
 from prefopt.data.detect import SCHEMAS
-from prefopt.data.messages import read_messages
+from prefopt.data.messages import plain, read_messages
 from prefopt.data.records import SPOKEN, Candidates, DataReport, Message, Pair
 from prefopt.data.schemas.base import SCORED, RowDict, Schema
 from prefopt.data.schemas.dialogues import DIALOGUES
@@ -20,15 +20,53 @@ from prefopt.data.sources import read_items
 from prefopt.data.spool import Spool
 from prefopt.errors import InputError
 
+CALLED = ("prompts", "responses", "tokens")  # what rewards are given under these names
 ASKED = ("prompt", "instruction", "question", "query")  # columns that hold a prompt, best first
 Prompt = list[Message]
+# Position, prompts or why there are none, other columns, rows
+_Found = tuple[str, list[Any], dict[str, Any] | None, int]
 
 
 class Prompts(Spool[Prompt]):
-    """Distinct prompts on a spool, read one at a time; `report` says how they came about."""
+    """Distinct prompts on a spool, read one at a time; `report` says how they came about.
+
+    With each prompt stay the other columns of its row (`answer`, say): all but those that the
+    prompt, or the responses of a preference, were read from. `names` are theirs.
+    """
 
     def __init__(self, report: DataReport):
-        super().__init__(report, lambda turns: [Message(*turn) for turn in turns])
+        super().__init__(report, lambda fields: [Message(*turn) for turn in fields[0]])
+        self.names: dict[str, None] = {}  # a set that keeps its order
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """The other columns of the row that a prompt was read from, {} of what was no row."""
+        return json.loads(self._read(index)[1][1])
+
+    def put(self, where: str, prompts: list[Prompt] | str, rest: RowDict | None, rows: int) -> None:
+        """`take` prompts of rows with these other columns."""
+        rest = {key: value for key, value in (rest or {}).items() if key not in CALLED}
+        if isinstance(prompts, str):
+            self.take(where, prompts, rows)
+            return
+        # As ASCII: half a surrogate pair in a column is no reason to leave the prompt out.
+        text = json.dumps(rest, default=_plainly)
+        if self.take(where, [[prompt, text] for prompt in prompts], rows):
+            self.names |= dict.fromkeys(rest)
+
+
+def columns_of(prompts: Sequence[Prompt], places: Sequence[int]) -> dict[str, list[Any]]:
+    """The other columns of the rows that prompts at these places came from, a value each; None
+    where a row has none. {} of prompts that did not come from rows."""
+    if not isinstance(prompts, Prompts):
+        return {}
+    rows = [prompts.columns(place) for place in places]
+    return {name: [row.get(name) for row in rows] for name in prompts.names}
+
+
+def _plainly(value: Any) -> Any:
+    """What JSON has for values it does not know: lists for arrays, else text."""
+    new = plain(value)
+    return str(value) if new is value else new
 
 
 def load_prompts(
@@ -41,7 +79,8 @@ def load_prompts(
     where the assistant first speaks, whole if the user has the last word), the lines of a .txt
     file, and lists of texts, of message lists or of records with a prompt. `columns` maps these
     names to the source's own and always wins (None hides a column). `.report` counts what was
-    dropped, repeated prompts too. Raises InputError for what cannot be read and when none is left.
+    dropped, repeated prompts too. The other columns of a row stay with its prompt, of the first row
+    where several ask the same. Raises InputError for what cannot be read and when none is left.
     """
     if isinstance(source, Prompts):
         return source
@@ -49,13 +88,15 @@ def load_prompts(
         return _collect(*_of_records(source))
     if isinstance(source, list | tuple) and source and all(isinstance(s, str) for s in source):
         report = DataReport("list of str", "texts", "every text is a user turn")
-        return _collect(((f"[{i}]", [_asked(text)], 1) for i, text in enumerate(source)), report)
+        texts = ((f"[{i}]", [_asked(text)], None, 1) for i, text in enumerate(source))
+        return _collect(texts, report)
     if isinstance(source, str | Path) and _is_text(Path(source)):
         report = DataReport(str(source), "lines of text", "every line is a user turn")
         lines = _text_lines(Path(source).expanduser())
-        return _collect(((where, [_asked(line)], 1) for where, line in lines), report)
+        return _collect(((where, [_asked(line)], None, 1) for where, line in lines), report)
     report, items = read_items(source, split, columns, PROMPTS, _nothing_fits)
-    return _collect(((item.where, _of_item(item.record), item.rows) for item in items), report)
+    found = ((item.where, _of_item(item.record), item.rest, item.rows) for item in items)
+    return _collect(found, report)
 
 
 # --- which shape -------------------------------------------------------------------------------
@@ -159,21 +200,21 @@ def _holds_prompts(source: Any) -> bool:
     return isinstance(source[0], list | tuple) or hasattr(source[0], "prompt")
 
 
-def _of_records(source: Sequence[Any]) -> tuple[Iterator[tuple[str, Any, int]], DataReport]:
+def _of_records(source: Sequence[Any]) -> tuple[Iterator[_Found], DataReport]:
     own: DataReport | None = getattr(source, "report", None)
     records = own is not None or hasattr(source[0], "prompt")
     kind = type(source[0]).__name__ if len(source) else "record"
     name = own.source if own else f"list of {kind}"
     how = f"the prompts of {kind} records" if records else "the items are message lists"
 
-    def prompts() -> Iterator[tuple[str, Any, int]]:
+    def prompts() -> Iterator[_Found]:
         for i, item in enumerate(source):
             value = getattr(item, "prompt", item)
             turns = [m._asdict() if isinstance(m, Message) else m for m in value]
             if getattr(item, "text", None) is not None:
-                yield f"[{i}]", ["plain text without a prompt"], 1
+                yield f"[{i}]", ["plain text without a prompt"], None, 1
             else:
-                yield f"[{i}]", [read_messages(turns, "user")], 1
+                yield f"[{i}]", [read_messages(turns, "user")], None, 1
 
     return prompts(), DataReport(name, "records" if records else "message lists", how)
 
@@ -196,13 +237,12 @@ def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise InputError(f"Cannot read {str(path)!r} ({error}).") from error
 
 
-def _collect(asked: Iterable[tuple[str, list[Any], int]], report: DataReport) -> Prompts:
-    """Spool each usable prompt once of (position, prompts or why there are none, rows), count the
-    rest; InputError if nothing is left."""
+def _collect(asked: Iterable[_Found], report: DataReport) -> Prompts:
+    """Spool each usable prompt once, count the rest; InputError if nothing is left."""
     out, seen = Prompts(report), set[bytes]()
-    for where, prompts, rows in asked:
+    for where, prompts, rest, rows in asked:
         why = [one if isinstance(one, str) else _obstacle(one, seen) for one in prompts]
         kept = [list(one) for one, reason in zip(prompts, why, strict=True) if reason is None]
-        out.take(where, kept or str(why[0]), rows)
+        out.put(where, kept or str(why[0]), rest, rows)
     out.check("prompt")
     return out

@@ -49,6 +49,7 @@ class Item(NamedTuple):
     record: Pair | Candidates | list[Candidates] | str
     rows: int = 1
     note: str | None = None  # a fact about a row that drops nothing; the report counts them
+    rest: RowDict | None = None  # of a row: the columns that no text was read from
 
 
 class Noted(NamedTuple):
