@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefopt.errors import InputError
 from prefopt.online_checks import CLEAR, Watch, repetition
-from prefopt.online_findings import CHECKS, FALL, RISE
+from prefopt.online_findings import CHECKS, RISE
 from prefopt.online_history import RECENT, apart, trend
 
 
