@@ -19,9 +19,20 @@ from prefopt.experience import Experience, from_samples
 from prefopt.online_config import PPOConfig
 from prefopt.rewards import Reward, score
 from prefopt.rl import RunningMoments, advantages, kl_estimate, shape_rewards, whiten
+from prefopt.rollout.stops import stop_ids
 from prefopt.rollout.types import RolloutEngine
 
 ROLLOUT, HELD_OUT = 0, 1  # places in the noise of the sampler
+
+
+def scoring(policy: Any, config: PPOConfig) -> dict[str, Any]:
+    """How Policy.forward gives log-probs of the distribution that was sampled from; of the policy
+    as it is where pairs of samples are what is learnt."""
+    if config.loss == "dpo":
+        return {"temperature": 1.0, "closed": None}
+    stops = stop_ids(config.sampling, policy.model, policy.tokenizer)
+    closed = (config.min_new_tokens, stops) if config.min_new_tokens else None
+    return {"temperature": config.temperature, "closed": closed}
 
 
 class Collector:
@@ -54,7 +65,7 @@ class Collector:
                     "take running or none"
                 )
         self.moments = RunningMoments()  # of all scores so far
-        self.tau = 1.0 if config.loss == "dpo" else config.temperature  # of the trained log-probs
+        self.scoring = scoring(policy, config)
         full = policy.dtype == torch.float32 and policy.autocast is None
         self.trusts_sampler = full and config.engine == "torch"
 
@@ -68,7 +79,7 @@ class Collector:
         n: int,
         on_sample: Callable[[int], None],
     ) -> tuple[Experience, list[str]]:
-        """Samples of prompts, and their texts; ``keys`` name the prompts in the noise of ``place``."""
+        """Samples of prompts, and their texts; ``keys`` name prompts in the noise of ``place``."""
         seed = int(np.random.SeedSequence((self.config.seed, place)).generate_state(1)[0])
         training = self.policy.training
         self.policy.eval()
@@ -145,12 +156,12 @@ class Collector:
             exp.bootstrap[exp.stopped] = 0.0
 
     def _read_batch(self, exp: Experience, batch: Batch, asked: Mapping[str, bool]) -> None:
-        policy, tau = self.policy, self.tau
+        policy = self.policy
         if asked["old"]:
-            exp.record("old", batch, policy(batch, temperature=tau))
+            exp.record("old", batch, policy(batch, **self.scoring))
         if asked["ref"]:
             with policy.reference():
-                exp.record("ref", batch, policy(batch, temperature=tau))
+                exp.record("ref", batch, policy(batch, **self.scoring))
         if asked["values"]:
             exp.record("values", batch, self.critic.values(batch))
 
@@ -196,7 +207,7 @@ class Collector:
 
     def _comparable(self, exp: Experience) -> bool:
         """Whether there is a reference, at the temperature of the samples."""
-        return "ref" in exp.columns and self.tau == self.config.temperature
+        return "ref" in exp.columns and self.scoring["temperature"] == self.config.temperature
 
     def figures(self, exp: Experience, beta: float) -> dict[str, float]:
         """What the update's row says of scores, KL, entropy and lengths."""

@@ -95,7 +95,7 @@ class _Stopped(Exception):
 
 
 def run_demo(out: str | None, max_steps: int | None, say) -> int:
-    """Data check, SFT, reward model, DPO, PPO; the same prompts on the way. ``say`` prints a line."""
+    """Data check, SFT, reward model, DPO, PPO; the same prompts on the way. ``say``: a line."""
     began = time.monotonic()
     folder = Path(out) if out else _new_folder(Path("runs"))
     for name in ("sft", "reward", "dpo", "ppo"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefopt import checkpoint
+from prefopt.collect import scoring
 from prefopt.data.encoded import Encoded
 from prefopt.data.packing import Batch, pack
 from prefopt.experience import Experience
@@ -80,7 +81,7 @@ class Learner:
             importance = "none" if same and config.engine == "torch" else "truncate"
         return PPO(
             config.loss,
-            temperature=config.temperature,
+            **scoring(self.policy, config),
             aggregation=config.mode,
             denom=float(config.max_new_tokens),
             kl_loss_kind=kl.kind if in_loss else None,

@@ -44,6 +44,14 @@ from prefopt.stats import bootstrap_ci
 from prefopt.stop import Stopped, StopSignal
 from prefopt.train import Run
 
+EVALUATED = {  # name in a row of training -> in one of an evaluation, behind eval_
+    "objective/scores": "scores",
+    "objective/held_out_scores": "held_out_scores",
+    "objective/kl": "kl",
+    "lengths/mean": "lengths",
+    "lengths/stop_rate": "stop_rate",
+}
+
 _log = logging.getLogger("prefopt")
 
 
@@ -289,9 +297,7 @@ class Loop:
         judged = self.collector.judge(exp, prompts, texts)
         self.collector.read(exp, [range(len(numbers))], only_reference=True)
         row = {**judged, **self.collector.figures(exp, self.beta.beta)}
-        named = {"objective/scores": "scores", "objective/kl": "kl", "lengths/mean": "lengths",
-                 "lengths/stop_rate": "stop_rate", "objective/held_out_scores": "held_out_scores"}  # fmt: skip
-        values = {short: row[name] for name, short in named.items() if name in row}
+        values = {short: row[name] for name, short in EVALUATED.items() if name in row}
         low, high = bootstrap_ci(exp.scores.numpy())
         if math.isfinite(low):
             values |= {"scores_low": low, "scores_high": high}

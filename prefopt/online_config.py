@@ -1,4 +1,4 @@
-"""PPOConfig: what a run of online reinforcement learning is, apart from model, prompts and reward."""
+"""PPOConfig: what a run of online RL is, apart from the model, the prompts and the reward."""
 
 from __future__ import annotations
 
@@ -204,8 +204,8 @@ class PPOConfig:
             )
         if self.max_new_tokens >= self.max_length:
             raise InputError(
-                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt within "
-                f"max_length {self.max_length}"
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt "
+                f"within max_length {self.max_length}"
             )
 
     def _check_algorithm(self) -> None:

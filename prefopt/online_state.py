@@ -94,10 +94,11 @@ def restore(loop: Any, path: Path) -> None:
     learner = loop.learner
     ours = identity(loop.plan, loop.config, list(loop.collector.rewards))
     for name, value in ours.items():
-        if state.get("identity", {}).get(name) != value:
+        saved = state.get("identity", {}).get(name)
+        if saved != value:
             raise InputError(
-                f"{path} was saved with {name} = {state.get('identity', {}).get(name)} and this run "
-                f"has {value}; resume with the same data and configuration, or start in a new --out"
+                f"{path} was saved with {name} = {saved} and this run has {value}; resume with the "
+                "same data and configuration, or start in a new --out"
             )
     if state["base"] != loop.key:
         raise InputError(

@@ -177,13 +177,16 @@ class Policy(nn.Module):
         entropy: bool = False,
         values: bool = False,
         role: str | None = None,
+        closed: tuple[int, tuple[int, ...]] | None = None,
     ) -> Any:
         """Log-probs of ``batch.targets`` under the active adapter, [N] float32; of a reward model
         the scores of the responses, [R] float32.
 
-        ``temperature`` divides the logits. With ``entropy`` also the entropy of each of these
-        tokens' distributions in nats, [N]; with ``collisions`` log sum_v pi(v)^2, [N] float32
-        without gradient: how probable it is that two draws agree; with ``values`` (last) what the
+        ``temperature`` divides the logits. ``closed`` (m, ids): among the first m tokens of a
+        response these ids have probability 0 (SamplingParams.min_new_tokens). With ``entropy``
+        also the entropy of each of these tokens' distributions in nats, [N]; with ``collisions``
+        log sum_v pi(v)^2, [N] float32 without gradient: how probable it is that two draws agree;
+        with ``values`` (last) what the
         critic expects before each of these tokens, [N] float32. Of a ``role`` instead: "value",
         (these values, [N]; those behind each response, [R], or None without ``batch.end_rows``);
         the name of a reward model on this base, its scores [R].
@@ -196,10 +199,16 @@ class Policy(nn.Module):
                 rows = _rows_of_ends(batch)
                 hidden = self._states(batch, role).index_select(0, _round_up(rows, 16))
                 return heads.scores(self.reward_heads[role], hidden)[: len(rows)]
-            return self._own(batch, collisions, temperature, entropy, values)
+            return self._own(batch, collisions, temperature, entropy, values, closed)
 
     def _own(
-        self, batch: Batch, collisions: bool, temperature: float, entropy: bool, values: bool
+        self,
+        batch: Batch,
+        collisions: bool,
+        temperature: float,
+        entropy: bool,
+        values: bool,
+        closed: tuple[int, tuple[int, ...]] | None,
     ) -> Any:
         """What forward gives under the active adapter."""
         rows, n = batch.score_rows, len(batch.targets)
@@ -213,6 +222,10 @@ class Policy(nn.Module):
         options = {**self._head_options, "temperature": temperature}
         found = heads.word_logprobs(self.model, hidden, targets, options, collisions, entropy)
         columns = [column[:n] for column in found]
+        if closed is not None:
+            early = batch.places < closed[0]
+            rest = heads.log_rest(self.model, hidden[:n][early], closed[1], options)
+            columns[0] = columns[0].index_put((early,), columns[0][early] - rest)
         if values:
             own = states if self.critic_kind != "adapter" else self._states(batch, VALUE)
             columns.append(self._values(replace(batch, end_rows=None), own)[0])

@@ -62,6 +62,13 @@ class Batch:
     def num_groups(self) -> int:
         return len(self.encoded)
 
+    @property
+    def places(self) -> Tensor:
+        """Place of each scored token among those of its response, [N] int64."""
+        lengths = torch.bincount(self.response_ids, minlength=self.num_responses)
+        starts = lengths.cumsum(0) - lengths
+        return torch.arange(len(self.targets), device=lengths.device) - starts[self.response_ids]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; the run table stays on the CPU, so no sync later."""
         moved = {

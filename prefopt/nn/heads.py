@@ -78,6 +78,19 @@ def word_logprobs(
         return *columns, 2 * columns[0] - sharp
 
 
+def log_rest(model: Any, hidden: Tensor, ids: tuple[int, ...], options: dict[str, Any]) -> Tensor:
+    """log(1 - sum of p(v) over `ids`) at hidden [N, D], [N]; options as in `word_logprobs`."""
+    hidden, weight, bias = project(model, hidden)
+    columns: Any = [
+        token_logprobs(hidden, weight, torch.full_like(hidden[:, 0], v, dtype=torch.int64),
+                       bias=bias, **options)
+        for v in ids
+    ]  # fmt: skip
+    logps = torch.stack(columns).sort(0, descending=True).values
+    # 1 - p of the likeliest by expm1, because log p keeps its digits where p is nearly 1.
+    return (-logps[0].expm1() - logps[1:].exp().sum(0)).log()
+
+
 @torch.no_grad()
 def head_options(model: Any) -> dict[str, Any]:
     """Softcap and scale between hidden states and logits, checked against the model's logits."""

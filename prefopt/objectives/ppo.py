@@ -36,7 +36,8 @@ class PPO:
     ``batch.columns`` holds, [N] each: advantages; kept (1 where the token is learnt from); old, the
     log-probs before the update, without which those of this forward are taken, so that the ratio is
     exactly 1; ref with ``kl_loss_kind``; sampled with ``importance``; values and returns with
-    ``value_coef``. ``on_logprobs(batch, logprobs)`` is called with every forward's.
+    ``value_coef``. ``temperature`` and ``closed`` are those of the sampling, for every log-prob
+    (see Policy.forward). ``on_logprobs(batch, logprobs)`` is called with every forward's.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PPO:
         loss: str = "ppo",
         *,
         temperature: float = 1.0,
+        closed: tuple[int, tuple[int, ...]] | None = None,
         aggregation: str = "token-mean",
         denom: float | None = None,
         kl_loss_kind: str | None = None,
@@ -57,7 +59,7 @@ class PPO:
         **options: Any,
     ):
         self.loss = policy_loss_from(loss, **options)
-        self.name, self.temperature = loss, temperature
+        self.name, self.scoring = loss, {"temperature": temperature, "closed": closed}
         self.aggregation, self.denom = aggregation, denom
         self.kl_loss_kind, self.beta, self.entropy_coef = kl_loss_kind, beta, entropy_coef
         self.importance, self.importance_cap = importance, importance_cap
@@ -70,7 +72,7 @@ class PPO:
         rows = _Rows(batch)
         asked = {"entropy": self.entropy_coef > 0, "values": self.value_coef is not None}
         asked = {name: True for name, wanted in asked.items() if wanted}
-        given = policy(batch, temperature=self.temperature, **asked)
+        given = policy(batch, **self.scoring, **asked)
         columns = list(given) if asked else [given]
         logp = columns.pop(0)
         if self.on_logprobs is not None:
