@@ -17,10 +17,11 @@ from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.experience import Experience, from_samples
 from prefopt.online_config import PPOConfig
-from prefopt.rewards import Reward, score
+from prefopt.rewards import Reward, score_tokens, takes_tokens
 from prefopt.rl import RunningMoments, advantages, kl_estimate, shape_rewards, whiten
 from prefopt.rollout.stops import stop_ids
 from prefopt.rollout.types import RolloutEngine
+from prefopt.scoring import penalised, standardised
 
 ROLLOUT, HELD_OUT = 0, 1  # places in the noise of the sampler
 
@@ -97,37 +98,63 @@ class Collector:
         return exp, texts
 
     def judge(
-        self, exp: Experience, prompts: list[list[Message]], texts: list[str]
+        self,
+        exp: Experience,
+        prompts: list[list[Message]],
+        texts: list[str],
+        columns: Mapping[str, Sequence[Any]],
     ) -> dict[str, float]:
-        """Fill in the scores, and say what each reward gave on average."""
-        total, row = torch.zeros(len(texts), dtype=torch.float64), {}
+        """Fill in the scores, and say what each reward gave on average. ``columns``: of the rows
+        that the prompts came from, a value per response."""
+        tokens = self._token_texts(exp)
+        ends = torch.zeros(len(texts), dtype=torch.float64)
+        each, row = exp.empty(), {}
         for name, reward in self.rewards.items():
-            scores = torch.tensor(score(reward, name, prompts, texts), dtype=torch.float64)
+            said = score_tokens(reward, name, prompts, texts, columns, tokens)
+            whole = torch.tensor(said.ends, dtype=torch.float64)
             if len(self.rewards) > 1:
-                row[f"objective/scores/{name}"] = scores.mean().item()
-            stats = self.stats[name]
-            if self.config.normalize_scores == "reference" and stats is not None:
-                scores = stats.apply(scores)
-            total += (1.0 if self.weights is None else self.weights[name]) * scores
-        exp.scores = total.float()
+                row[f"objective/scores/{name}"] = float(np.mean(said.totals))
+            if self.config.normalize_scores == "reference":
+                whole = standardised(whole, self.stats[name])
+            weight = 1.0 if self.weights is None else self.weights[name]
+            ends += weight * whole
+            each += weight * said.rows(each.shape[1])
+        exp.ends = ends.float()
+        exp.scores = (ends + each.double().sum(1)).float()
+        if each.any():
+            exp.columns["token_scores"] = each
         for name, reward in self.watched.items():
-            seen = np.mean(score(reward, name, prompts, texts))
-            row["objective/held_out_scores"] = float(seen)
+            said = score_tokens(reward, name, prompts, texts, columns, tokens)
+            row["objective/held_out_scores"] = float(np.mean(said.totals))
         return row
 
+    def _token_texts(self, exp: Experience) -> list[list[str]] | None:
+        """The text of each token of each response, if a reward asks for them."""
+        if not any(
+            takes_tokens(reward) for reward in [*self.rewards.values(), *self.watched.values()]
+        ):
+            return None
+        decode = self.policy.tokenizer.batch_decode
+        return [
+            decode(tokens[:, None].tolist()) for group in exp.groups for tokens in group.responses
+        ]
+
     def shaped(self, exp: Experience) -> Tensor:
-        """The scores that are learnt from, [R]: without a stop replaced or lowered, then
-        standardised by those so far, then clipped."""
-        config, scores = self.config, exp.scores
-        if config.missing_stop_score is not None:
-            scores = torch.where(exp.stopped, scores, config.missing_stop_score)
-        scores = scores - config.missing_stop_penalty * ~exp.stopped
+        """The scores of whole responses that are learnt from, [R]: penalised for a missing stop and
+        for length, then standardised by all so far, then clipped."""
+        config, scale = self.config, None
+        overlong = None
+        if config.overlong_buffer is not None:
+            overlong = (config.max_new_tokens, config.overlong_buffer, config.overlong_factor)
+        scores = penalised(
+            exp.ends, exp.stopped, exp.lengths, overlong=overlong,
+            missing_stop_penalty=config.missing_stop_penalty,
+            missing_stop_score=config.missing_stop_score,
+        )  # fmt: skip
         if config.normalize_scores == "running":
             self.moments.update(scores)
-            scores = (scores - self.moments.mean) / (self.moments.std or 1.0)
-        if config.clip_scores is not None:
-            scores = scores.clamp(-config.clip_scores, config.clip_scores)
-        return scores
+            scale = self.moments
+        return standardised(scores, scale, clip=config.clip_scores)
 
     # -- what the models say of the samples
 
@@ -181,7 +208,9 @@ class Collector:
         scores = self.shaped(exp)
         kl = self._kl(exp, "k1")
         in_reward = beta if config.kl.placement == "reward" else 0.0
-        rewards = shape_rewards(scores, kl, exp.mask, beta=in_reward)
+        rewards = shape_rewards(
+            scores, kl, exp.mask, beta=in_reward, token_scores=exp.columns.get("token_scores")
+        )
         if config.whiten_rewards:
             rewards = whiten(rewards, exp.mask, center=False)
         adv, returns = advantages(

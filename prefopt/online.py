@@ -20,6 +20,7 @@ import torch
 
 from prefopt import moving
 from prefopt.collect import HELD_OUT, ROLLOUT, Collector
+from prefopt.data.prompts import columns_of
 from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.experience import Experience
@@ -34,7 +35,7 @@ from prefopt.online_table import OnlineTable
 from prefopt.optim import lr_factor, warmup_steps
 from prefopt.policy import ADAPTER
 from prefopt.prepare import find_checkpoint
-from prefopt.rewards import Reward, load_rewards
+from prefopt.rewards import Reward, check_columns, load_rewards
 from prefopt.rl import AdaptiveKL, explained_variance
 from prefopt.roles import make_critic, save_critic
 from prefopt.rollout.torch_engine import TorchEngine
@@ -81,9 +82,11 @@ def train_ppo(
         return Run(run.dir)
     resume_from = find_checkpoint(config)
     _prepare(policy, config)
-    where = {"device": str(policy.device)}
+    where = {"device": str(policy.device), "share": policy}
     rewards = load_rewards(reward, reward_weights, **where)
     watched = {} if held_out_reward is None else load_rewards(held_out_reward, **where)
+    for some in (rewards, watched):
+        check_columns(some, getattr(prompts, "names", ()), tokens=True)
     plan = plan_prompts(policy, prompts, config)
     key = policy.reference_key()  # before anything trains
     critic = make_critic(policy, config, rewards) if config.has_critic else None
@@ -204,7 +207,7 @@ class Loop:
         began = time.perf_counter()
         self.table.phase("score", len(texts))
         asked = [self.plan.prompts[i] for i in numbers for _ in range(config.n)]
-        row |= collector.judge(exp, asked, texts)
+        row |= collector.judge(exp, asked, texts, self.columns(numbers, config.n))
         self.stop.check()
         collector.read(exp, minibatches(len(exp.groups), number, 0, config))
         row |= collector.price(exp, self.beta.beta) if config.loss != "dpo" else {}
@@ -222,6 +225,11 @@ class Loop:
 
         ids: Any = [self.plan.ids[i] for i in numbers]
         return self.collector.sample(ids, keys, place, n, on_sample)
+
+    def columns(self, numbers: Sequence[int], n: int) -> dict[str, list[Any]]:
+        """The other columns of the prompts' rows, a value for each of n responses."""
+        found = columns_of(self.plan.prompts, numbers)
+        return {name: [v for v in values for _ in range(n)] for name, values in found.items()}
 
     def learn(self, update: Update) -> None:
         """The optimizer steps of an update that are not taken yet."""
@@ -294,7 +302,7 @@ class Loop:
         exp, texts = self.sample(numbers, numbers, HELD_OUT, 1)
         self.table.phase("score", len(texts))
         prompts = [self.plan.prompts[i] for i in numbers]
-        judged = self.collector.judge(exp, prompts, texts)
+        judged = self.collector.judge(exp, prompts, texts, self.columns(numbers, 1))
         self.collector.read(exp, [range(len(numbers))], only_reference=True)
         row = {**judged, **self.collector.figures(exp, self.beta.beta)}
         values = {short: row[name] for name, short in EVALUATED.items() if name in row}

@@ -68,9 +68,11 @@ class PPOConfig:
             bootstrap, continued with the critic's value; mask, left out of the loss.
         missing_stop_penalty: taken off the score of a response without a stop.
         missing_stop_score: score of a response without a stop, whatever the reward says.
-        normalize_scores: none, running (mean and deviation of the scores so far) or reference (of
-            the reward model's reference scores).
-        clip_scores: scores are clipped to this distance from 0.
+        overlong_buffer: in so many tokens before the limit the score falls (DAPO); null for none.
+        overlong_factor: by how much, at the limit.
+        normalize_scores: scores of whole responses: none, running (by the mean and deviation of
+            all so far) or reference (of the reward model's reference scores).
+        clip_scores: then they are clipped to this distance from 0.
         whiten_rewards: divide the rewards of tokens by their deviation.
         whiten_advantages: advantages of gae with mean 0 and deviation 1.
         gamma: discount per token.
@@ -132,6 +134,8 @@ class PPOConfig:
     truncated: Literal["terminal", "bootstrap", "mask"] = "terminal"
     missing_stop_penalty: float = 0.0
     missing_stop_score: float | None = None
+    overlong_buffer: int | None = None
+    overlong_factor: float = 1.0
     normalize_scores: Literal["none", "running", "reference"] = "none"
     clip_scores: float | None = None
     whiten_rewards: bool = False
@@ -174,7 +178,7 @@ class PPOConfig:
             max_length=2, max_new_tokens=1, min_new_tokens=0, slots=1, epochs=1, max_steps=1,
             max_norm=0, warmup=0, weight_decay=0, eval_prompts=1, eval_every=1, samples=0,
             save_every=0, keep=1, critic_warmup=0, importance_cap=0, missing_stop_penalty=0,
-            value_coef=0, entropy_coef=0,
+            value_coef=0, entropy_coef=0, overlong_buffer=1, overlong_factor=0,
         )  # fmt: skip
         for name in (
             *("temperature", "lr", "critic_lr", "adam_eps", "early_stop_kl", "clip_scores"),
@@ -188,6 +192,13 @@ class PPOConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be in [0, 1]")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
+        if self.missing_stop_score is not None and self.missing_stop_penalty:
+            raise InputError("missing_stop_score replaces the score that the penalty lowers")
+        if (self.overlong_buffer or 0) > self.max_new_tokens:
+            raise InputError(
+                f"overlong_buffer is {self.overlong_buffer}, above max_new_tokens "
+                f"{self.max_new_tokens}"
+            )
         self._check_sampling()
         self._check_algorithm()
         check_single_process()

@@ -24,6 +24,7 @@ from prefopt.data.split import split_pairs
 from prefopt.errors import InputError
 from prefopt.loading import context_length
 from prefopt.metrics import Progress
+from prefopt.online_config import PPOConfig
 from prefopt.policy import Policy
 from prefopt.reference import ReferenceCache
 from prefopt.stop import StopSignal
@@ -150,7 +151,7 @@ def fill_cache(
         progress.update(done)
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: TrainConfig | PPOConfig) -> Path | None:
     """The checkpoint to resume from, or None to start; a bad explicit path is an InputError."""
     root = Path(config.out) / "checkpoints"
     if config.resume is None:

@@ -12,6 +12,7 @@ from prefopt.config import TrainConfig
 from prefopt.durable import write_bytes, write_json
 from prefopt.environment import environment
 from prefopt.errors import InputError
+from prefopt.online_config import PPOConfig
 
 if TYPE_CHECKING:
     from prefopt.policy import Generation, Policy
@@ -35,7 +36,9 @@ class RunDir:
         """The model is written last, and at once."""
         return (self.dir / "model").is_dir()
 
-    def start(self, notes: dict[str, Any], config: TrainConfig, settings: dict[str, Any]) -> None:
+    def start(
+        self, notes: dict[str, Any], config: TrainConfig | PPOConfig, settings: dict[str, Any]
+    ) -> None:
         """Write what is known before the first step."""
         import yaml
 
