@@ -84,8 +84,6 @@ def save_critic(policy: Policy, folder: str | Path) -> None:
             policy.save_pretrained(partial)
         elif policy.critic_kind == "adapter":
             save_adapter(policy.model, partial, VALUE, base_model_name_or_path=policy.base)
-            if policy.kind:
-                durable.write_json(partial / loading.QUANTIZATION, {"kind": policy.kind})
         durable.save_tensors(partial / HEAD, dict(policy.value_head.state_dict()))
         durable.write_json(partial / CRITIC, {"kind": policy.critic_kind})
 

@@ -37,9 +37,9 @@ def penalised(
     """Scores [S] with the penalty for what did not stop, and for what is nearly too long.
 
     A sample that is not ``stopped`` [S] bool has its score lowered by ``missing_stop_penalty``, or
-    gets ``missing_stop_score`` whatever it was (Ziegler et al. 2019, arXiv 1909.08593). ``overlong``
-    (limit, buffer, factor) adds `overlong_penalty` of ``lengths`` [S]. InputError for both ways of
-    punishing a missing stop, and for bad numbers.
+    gets ``missing_stop_score`` whatever it was (Ziegler et al. 2019, arXiv 1909.08593).
+    ``overlong`` (limit, buffer, factor) adds `overlong_penalty` of ``lengths`` [S]. InputError for
+    both ways of punishing a missing stop, and for bad numbers.
     """
     if missing_stop_score is not None and missing_stop_penalty:
         raise InputError(
