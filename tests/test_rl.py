@@ -55,7 +55,7 @@ def close(got: torch.Tensor, want, bound: float = 1e-12) -> None:
 
 
 def gae_by_force(r: Rows, gamma: float, lam: float) -> torch.Tensor:
-    """A_t = sum over later tokens k of (gamma lam)^(k - t) delta_k, counted in tokens of the mask."""
+    """A_t = sum over tokens k from t on of (gamma lam)^(k - t) delta_k, gaps not counted."""
     found = torch.zeros_like(r.rewards)
     for s, row in enumerate(r.mask):
         at = row.nonzero().flatten().tolist()
@@ -383,7 +383,7 @@ def test_kl_per_sequence_steers_to_a_target_per_sequence() -> None:
 
 @pytest.mark.parametrize("arguments", [(-0.1, 6, 1e4), (0.1, 0, 1e4), (0.1, 6, 0)])
 def test_a_control_that_cannot_work_is_refused(arguments: tuple[float, float, float]) -> None:
-    with pytest.raises(InputError, match="above 0|at least 0"):
+    with pytest.raises(InputError, match=r"above 0|at least 0"):
         AdaptiveKL(*arguments)
 
 
