@@ -14,7 +14,8 @@ from prefopt.environment import environment
 from prefopt.errors import InputError
 from prefopt.metrics import MetricsLog
 from prefopt.report import charts, write_report
-from prefopt.report.charts import MAX_POINTS, draw_charts, smooth, thin
+from prefopt.report.charts import draw_charts
+from prefopt.report.drawing import MAX_POINTS, smooth, thin
 from prefopt.report.health import CHECKS, health_notes
 from prefopt.report.record import FILES, RunRecord, ends, read_run, series
 from prefopt.report.view import page as whole_page

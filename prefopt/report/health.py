@@ -32,6 +32,11 @@ def health_notes(run: RunRecord) -> list[Note]:
     if run.train and not any(note.level in ("bad", "warn") for note in notes):
         words = f"{len(CHECKS)} checks of loss, margins, log-probabilities, gradients, data and "
         notes.append(Note("good", "Nothing unusual", words + "samples found nothing to act on."))
+    return ranked(notes)
+
+
+def ranked(notes: list[Note]) -> list[Note]:
+    """Worst first, else as they come."""
     return sorted(notes, key=lambda note: ("bad", "warn", "info", "good").index(note.level))
 
 

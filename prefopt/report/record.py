@@ -32,7 +32,8 @@ Row = dict[str, Any]
 @dataclass
 class RunRecord:
     """One run folder. `config` is flat ("lora.r": 16), `finished` says a model was written, and
-    `stages` are the steps of a whole, of which this run is the last one."""
+    `stages` are the steps of a whole, of which this run is the last one; `alarms` what was said
+    while an online run went on."""
 
     name: str
     finished: bool = False
@@ -45,11 +46,17 @@ class RunRecord:
     config_text: str = ""
     config: Row = field(default_factory=dict)
     stages: list[Row] = field(default_factory=list)
+    alarms: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """ "sft", "reward" (scores of a reward model) or "pairs" (rewards against a reference)."""
+        """ "online", "sft", "reward" (scores of a reward model) or "pairs" (rewards against a
+        reference)."""
+        if self.config.get("algorithm") == "ppo" or any(
+            "objective/scores" in r for r in self.train
+        ):
+            return "online"
         objective = self.data.get("objective")
         return str(objective) if objective in ("sft", "reward") else "pairs"
 
@@ -75,8 +82,9 @@ def read_run(run_dir: Path) -> RunRecord:
     run.data = _object(run_dir / "data_report.json", run.problems)
     run.evaluation = _object(run_dir / "evaluation.json", run.problems)
     run.env = _object(run_dir / "env.json", run.problems)
-    if (run_dir / "stages.jsonl").is_file():
-        run.stages = _lines(run_dir / "stages.jsonl", run.problems)
+    for name in ("stages", "alarms"):
+        if (run_dir / f"{name}.jsonl").is_file():
+            setattr(run, name, _lines(run_dir / f"{name}.jsonl", run.problems))
     with contextlib.suppress(OSError):
         run.config_text = (run_dir / "config.yaml").read_bytes().decode("utf-8", "replace")
     run.config = _settings(run.config_text, run.problems)

@@ -80,7 +80,7 @@ def stage_rows(run: RunRecord) -> list[tuple[str, str, str]]:
     for row in run.stages:
         seconds = number(row.get("seconds"))
         time = "" if seconds is None else format_duration(seconds)
-        rows.append((_text(row.get("stage")), time, _text(row.get("result"))))
+        rows.append((words(row.get("stage")), time, words(row.get("result"))))
     return rows
 
 
@@ -95,12 +95,12 @@ def sample_pairs(run: RunRecord) -> list[dict[str, Any]]:
     first, last = min(steps, default=0), max(steps, default=0)
     groups: dict[str, dict[str, Any]] = {}
     for sample, step in zip(run.samples, steps, strict=True):
-        prompt = _text(sample.get("prompt"))
+        prompt = words(sample.get("prompt"))
         empty = {"prompt": prompt, "before": None, "after": None, "between": []}
         group = groups.setdefault(prompt, empty)
         shown = {
-            "response": _text(sample.get("response")),
-            "finish": {"length": "cut at the length limit"}.get(_text(sample.get("finish")), ""),
+            "response": words(sample.get("response")),
+            "finish": {"length": "cut at the length limit"}.get(words(sample.get("finish")), ""),
             "step": f"{step:.0f}",
         }
         place = sample.get("stage") if named else {first: "before", last: "after"}.get(step)
@@ -124,13 +124,13 @@ def data_tables(data: Row) -> dict[str, Any]:
     for reason, count in sorted(dropped.items(), key=lambda item: -(number(item[1]) or 0)):
         amount = number(count) or 0
         share = f"{amount / rows:.1%}" if rows else ""
-        reasons.append((reason, f"{amount:,.0f}", share, _text(where.get(reason, ""))))
-    schema, why = _text(data.get("schema")), _text(data.get("reason"))
+        reasons.append((reason, f"{amount:,.0f}", share, words(where.get(reason, ""))))
+    schema, why = words(data.get("schema")), words(data.get("reason"))
     notes = data.get("notes")
     known = {"source", "schema", "reason", "rows", "kept", "dropped", "dropped_at", "notes"}
     known |= {"objective", "unit"}
     facts = [
-        ("Source", _text(data.get("source")) or MISSING),
+        ("Source", words(data.get("source")) or MISSING),
         ("Read as", f"{schema}: {why}" if why else schema or MISSING),
         ("Rows read", MISSING if rows is None else f"{rows:,.0f}"),
         ("Rows kept", MISSING if kept is None else f"{kept:,.0f}"),
@@ -141,17 +141,18 @@ def data_tables(data: Row) -> dict[str, Any]:
     return {
         "facts": facts,
         "reasons": reasons,
-        "encoding": [(_text(name).replace("_", " "), _plain(value)) for name, value in counts],
-        "notes": [_text(note) for note in notes] if isinstance(notes, list) else [],
+        "encoding": [(words(name).replace("_", " "), _plain(value)) for name, value in counts],
+        "notes": [words(note) for note in notes] if isinstance(notes, list) else [],
     }
 
 
 def _plain(value: Any) -> str:
     amount = number(value)
-    return _text(value) if amount is None else f"{amount:,.6g}"
+    return words(value) if amount is None else f"{amount:,.6g}"
 
 
-def _text(value: Any) -> str:
+def words(value: Any) -> str:
+    """Text of a cell; nothing for what is not there."""
     return "" if value is None else str(value)
 
 

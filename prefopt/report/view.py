@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,13 @@ import numpy as np
 
 from prefopt.environment import environment_rows
 from prefopt.metrics import format_count, format_duration
+from prefopt.report.online import (
+    about_online,
+    online_cards,
+    online_evaluation,
+    online_facts,
+    online_samples,
+)
 from prefopt.report.record import Row, RunRecord, ends, finite, number
 from prefopt.report.tables import (
     MISSING,
@@ -41,20 +49,23 @@ def page(run: RunRecord) -> str:
 
     from prefopt.report.charts import draw_charts
     from prefopt.report.health import health_notes
+    from prefopt.report.online_charts import online_charts
+    from prefopt.report.online_health import online_notes
 
-    charts = [chart._replace(svg=Markup(chart.svg)) for chart in draw_charts(run)]
-    samples = sample_pairs(run)
-    cards = _likelihood_cards if run.kind == "sft" else _preference_cards
+    online = run.kind == "online"
+    drawn = online_charts(run) if online else draw_charts(run)
+    charts = [chart._replace(svg=Markup(chart.svg)) for chart in drawn]
+    samples = online_samples(run) if online else sample_pairs(run)
     return _template().render(
         run=run,
         missing=MISSING,
         about=about(run),
-        cards=[_loss_card(run), *cards(run)],
+        cards=_cards(run),
         stages=stage_rows(run),
         facts=facts(run),
-        notes=health_notes(run),
+        notes=online_notes(run) if online else health_notes(run),
         charts=charts,
-        evaluation=evaluation_rows(run),
+        evaluation=online_evaluation(run) if online else evaluation_rows(run),
         samples=samples[:MAX_SAMPLES],
         more_samples=max(0, len(samples) - MAX_SAMPLES),
         data=data_tables(run.data),
@@ -62,34 +73,57 @@ def page(run: RunRecord) -> str:
     )
 
 
+def _cards(run: RunRecord) -> list[Card]:
+    if run.kind == "online":
+        return [Card(*card) for card in online_cards(run)]
+    cards = _likelihood_cards if run.kind == "sft" else _preference_cards
+    return [_loss_card(run), *cards(run)]
+
+
 @functools.cache
 def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("template.html.j2")
+    )
+    environment.filters["flags"] = _unbroken_flags
+    return environment.get_template("template.html.j2")
+
+
+def _unbroken_flags(text: str) -> Any:
+    """The text, escaped, with no line break inside a --flag."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"--[\w.]+", r'<span class="nowrap">\g<0></span>', str(escape(text))))
 
 
 def about(run: RunRecord) -> str:
     """What was trained, on what and how, in one sentence."""
     model, data = (_base_name(run.setting(key)) for key in ("model", "data"))
-    if not model and not data:
+    if not model and not data and run.kind != "online":
         return "What was trained, and on what, is not recorded."
-    loss, rank, beta = run.setting("loss"), run.setting("lora.r"), number(run.setting("beta"))
+    if run.kind == "online":
+        answers = f"answers of its own to {data or 'prompts'}{about_online(run)}"
+        return f"{model or 'A model'}, trained on {answers}{_adapter(run)}."
+    loss, beta = run.setting("loss"), number(run.setting("beta"))
     how = {"sft": " by imitation", "reward": " as a reward model"}.get(run.kind, "")
     how += f" with the {loss} loss" if isinstance(loss, str) else ""
     how += f" (beta {beta:g})" if how and beta is not None else ""
-    if isinstance(rank, int):
-        how += f", LoRA of rank {rank}"
-    elif "lora" in run.config and run.config["lora"] is None:
-        how += ", all weights"
+    how += _adapter(run)
     on = f"trained on {data}" if data else "trained on data that are not recorded"
     return f"{model or 'A model'}, {on}{how}."
+
+
+def _adapter(run: RunRecord) -> str:
+    rank = run.setting("lora.r")
+    if isinstance(rank, int):
+        return f", LoRA of rank {rank}"
+    return ", all weights" if "lora" in run.config and run.config["lora"] is None else ""
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -101,16 +135,21 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     size = f"{steps[-1]:,.0f}" if len(steps) else MISSING
     plural = "" if len(epochs) and round(epochs[-1], 3) == 1 else "s"
     epoch = f" ({epochs[-1]:.3g} epoch{plural})" if len(epochs) else ""
+    online = run.kind == "online"
     out = [
         (f"{run.unit.capitalize()}s read", MISSING if kept is None else f"{kept:,.0f}"),
-        ("Steps", size + epoch),
+        ("Updates" if online else "Steps", size + epoch),
         ("Time", format_duration(seconds.max()) if len(seconds) else MISSING),
-        ("Tokens per second", format_count(float(np.median(rate))) if len(rate) else MISSING),
+        *(online_facts(run) if online else [("Tokens per second", _rate(rate))]),
         ("Peak memory", _gib(memory.max()) if len(memory) else MISSING),
     ]
     if len(useful):
         out.append(("Useful FLOPs", f"{np.median(useful):.0%} of GEMM"))
     return out
+
+
+def _rate(values: np.ndarray) -> str:
+    return format_count(float(np.median(values))) if len(values) else MISSING
 
 
 def _loss_card(run: RunRecord) -> Card:
