@@ -44,10 +44,10 @@ class Drafts:
             self.uniforms[row] = uniforms(seed, key, request.sample, steps)
         return row
 
-    def draws(self) -> tuple[np.ndarray, np.ndarray]:
-        """The uniform numbers of this step, [live] float64, and which rows may not stop yet."""
-        step = self.step[: self.live]
-        return self.uniforms[np.arange(self.live), step], step < self.params.min_new_tokens
+    def draws(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first rows, the uniform numbers of this step, float64, and which may not stop."""
+        step = self.step[:rows]
+        return self.uniforms[np.arange(rows), step], step < self.params.min_new_tokens
 
     def add(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, str]]:
         """One more token for each live row; (row, finish) of those that end with it, last first."""
@@ -83,4 +83,5 @@ class Drafts:
         ):
             column[row] = column[last]
         self.requests[row] = self.requests[last]
+        self.step[last] = self.position[last] = self.last[last] = 0
         return last

@@ -89,7 +89,7 @@ def _write_group(
 
 
 def _extend(drafts: Drafts, order: np.ndarray, pick: Picker, hidden: Tensor, done) -> None:
-    uniform, early = (torch.from_numpy(x).to(hidden.device) for x in drafts.draws())
+    uniform, early = (torch.from_numpy(x).to(hidden.device) for x in drafts.draws(drafts.live))
     tokens, logprobs = pick(hidden, uniform, early)
     for row, finish in drafts.add(tokens.cpu().numpy(), logprobs.cpu().numpy()):
         request, sample = drafts.requests[row], drafts.take(row, finish)

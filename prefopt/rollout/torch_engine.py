@@ -21,19 +21,26 @@ from prefopt.errors import InputError
 from prefopt.nn import heads
 from prefopt.rollout import plain, slots
 from prefopt.rollout.drafts import Drafts, Request
+from prefopt.rollout.lean import lean
 from prefopt.rollout.picking import Picker
 from prefopt.rollout.slots import Prefix, Slots, Step
 from prefopt.rollout.stops import StopTexts, stop_ids
 from prefopt.rollout.types import Sample, SamplingParams, check_prompts
 
 AHEAD = 4  # a quarter of the slots: how many responses wait with their prompt read
+Reader = Callable[[Tensor, Tensor, Step], Tensor]
+# On the CPU rows come in multiples of this. oneDNN compiles (milliseconds) and keeps (megabytes) a
+# kernel for every new number of rows; and a row has the same bits among any number of others from 4
+# on, so that what is sampled does not depend on the slots.
+EVEN = 8
 PROMPT_TOKENS = 2048  # of prompts that one forward reads, unless a single one has more
 
 
 class TorchEngine:
     """Samples from a policy as it is now: its active adapter, its weights, its dtype.
 
-    ``slots``: most responses that are written at the same time. Models that cannot share prompts
+    ``slots``: most responses that are written at the same time, on the CPU rounded up to a multiple
+    of 8. Models that cannot share prompts
     (policy.layout_reason) go through their own cache, prompts of one length at a time, with the
     same sampling. A RolloutEngine; log-probs are those of ``policy(batch, temperature=...)``.
     """
@@ -71,6 +78,8 @@ class TorchEngine:
                 on_sample(len(found))
 
         rows = min(self.slots, n * len(prompts))
+        if policy.device.type == "cpu":
+            rows += -rows % EVEN
         write = plain.write if policy.layout_reason else _write
         with _ready(policy):
             drafts = Drafts(rows, params, stops, texts)
@@ -116,6 +125,7 @@ def _write(
     todo = deque(range(len(work.prompts)))
     waiting: deque[tuple[Request, Prefix]] = deque()
     policy.attend(slots.register())
+    read = _reader(policy, work, drafts.params)
     longest = max(map(len, work.prompts))
     cache.reserve(longest + min(drafts.params.max_new_tokens, 128))
     while todo or waiting or drafts.live:
@@ -123,9 +133,11 @@ def _write(
             request, prefix = waiting.popleft()
             cache.put(work.start(drafts, request), prefix)
         free = rows - drafts.live
-        read = _next_prompts(work, todo, free + rows // AHEAD) if len(waiting) <= free else []
-        hidden, prefixes = _forward(policy, cache, drafts, [work.prompts[i] for i in read])
-        for number, prefix in zip(read, prefixes, strict=True):
+        new = _next_prompts(work, todo, free + rows // AHEAD) if len(waiting) <= free else []
+        hidden, prefixes = _forward(
+            read, cache, drafts, [work.prompts[i] for i in new], policy.device
+        )
+        for number, prefix in zip(new, prefixes, strict=True):
             waiting += [(Request(number, sample), prefix) for sample in range(work.n)]
         if drafts.live:
             _extend(cache, drafts, pick, hidden, done)
@@ -143,41 +155,51 @@ def _next_prompts(work: _Work, todo: deque[int], wanted: int) -> list[int]:
     return read
 
 
-def _forward(policy: Any, cache: Slots, drafts: Drafts, prompts: list[np.ndarray]):
+def _reader(policy: Any, work: _Work, params: SamplingParams) -> Reader:
+    """(ids [T], places [T], step) -> last hidden states [T, D]: lean, or through the modules."""
+    longest = max(map(len, work.prompts)) + params.max_new_tokens
+    found = lean(policy, longest)
+    if found is not None:
+        return found
+    backbone = heads.backbone(policy.model)
+
+    def read(ids: Tensor, places: Tensor, step: Step) -> Tensor:
+        out = backbone(ids[None], position_ids=places[None], slots=step, use_cache=False)
+        return out.last_hidden_state[0]
+
+    return read
+
+
+def _forward(read: Reader, cache: Slots, drafts: Drafts, prompts: list[np.ndarray], device):
     """Last hidden states of the live responses [live, D], and the prompts' keys and values."""
-    live, device = drafts.live, policy.device
+    live = _even(drafts.live, device)
     position = drafts.position[:live]
     cache.reserve(int(position.max(initial=0)) + 1)
     step = Step(cache, position.copy(), [len(prompt) for prompt in prompts], device)
     ids = np.concatenate([drafts.last[:live], *prompts]).astype(np.int64)
     places = np.concatenate([position, *(np.arange(len(prompt)) for prompt in prompts)])
-    ids, places = (_padded(torch.from_numpy(x), device) for x in (ids, places))
-    backbone = heads.backbone(policy.model)
-    out = backbone(ids[None], position_ids=places[None], slots=step, use_cache=False)
+    extra = -len(ids) % 32 if prompts and device.type == "cpu" else 0
+    ids, places = (torch.from_numpy(np.pad(x, (0, extra))).to(device) for x in (ids, places))
+    hidden = read(ids, places, step)
     if step.brought and not cache.blocks:
         cache.lay_out(step.brought)
     prefixes = cache.prefixes(step.brought, step.bounds) if prompts else []
-    return out.last_hidden_state[0], prefixes
+    return hidden[:live], prefixes
 
 
-def _padded(x: Tensor, device: torch.device) -> Tensor:
-    """On the CPU in multiples of 8: oneDNN compiles a kernel for every new number of rows."""
-    extra = -len(x) % (8 if len(x) <= 64 else 32) if device.type == "cpu" else 0
-    return torch.nn.functional.pad(x, (0, extra)).to(device)
+def _even(live: int, device: torch.device) -> int:
+    """How many rows are computed; those behind the live ones read token 0 at place 0."""
+    return live + (-live % EVEN if device.type == "cpu" else 0)
 
 
 def _extend(cache: Slots, drafts: Drafts, pick: Picker, hidden: Tensor, done) -> None:
     """One more token of each live response; those that are done make room."""
     live = drafts.live
-    uniform, early = drafts.draws()
-    rows = min(len(hidden), live + -live % 8)  # those behind are padding or a prompt, and not used
-    uniform = np.pad(uniform, (0, rows - live), constant_values=0.5)
-    early = np.pad(early, (0, rows - live))
-    uniform, early = (torch.from_numpy(x).to(hidden.device) for x in (uniform, early))
-    tokens, logprobs = pick(hidden[:rows], uniform, early)
+    uniform, early = (torch.from_numpy(x).to(hidden.device) for x in drafts.draws(len(hidden)))
+    tokens, logprobs = pick(hidden, uniform, early)
     for row, finish in drafts.add(tokens[:live].cpu().numpy(), logprobs[:live].cpu().numpy()):
         request, sample = drafts.requests[row], drafts.take(row, finish)
-        last = drafts.drop(row)
+        length, last = int(drafts.position[drafts.live - 1]), drafts.drop(row)
         if last != row:
-            cache.move(last, row, int(drafts.position[row]))
+            cache.move(last, row, length)
         done(request, sample)
