@@ -151,7 +151,7 @@ def test_tells_what_was_learned_how_far_it_went_and_what_it_cost(finished):
         "Ends by itself 85.0% 85.0%",
     ):
         assert expected in text, expected
-    assert "Preference accuracy" not in text and "chosen" not in text
+    assert "Preference accuracy" not in text and "hosen answer" not in text
     assert "damaged" not in text
 
 
