@@ -55,7 +55,8 @@ class Collector:
         config: PPOConfig,
     ):
         self.policy, self.critic, self.engine, self.config = policy, critic, engine, config
-        self.rewards, self.weights, self.watched = rewards, weights, watched
+        self.rewards, self.watched = rewards, watched
+        self.weights = {name: 1.0 if weights is None else weights[name] for name in rewards}
         self.stats = {
             name: getattr(reward, "score_stats", None) for name, reward in rewards.items()
         }
@@ -116,9 +117,8 @@ class Collector:
                 row[f"objective/scores/{name}"] = float(np.mean(said.totals))
             if self.config.normalize_scores == "reference":
                 whole = standardised(whole, self.stats[name])
-            weight = 1.0 if self.weights is None else self.weights[name]
-            ends += weight * whole
-            each += weight * said.rows(each.shape[1])
+            ends += self.weights[name] * whole
+            each += self.weights[name] * said.rows(each.shape[1])
         exp.ends = ends.float()
         exp.scores = (ends + each.double().sum(1)).float()
         if each.any():

@@ -4,7 +4,7 @@ which order, how many updates. All of it follows from data, configuration and se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,9 @@ def minibatches(groups: int, update: int, epoch: int, config: PPOConfig) -> list
     return [part.tolist() for part in np.array_split(order, config.minibatches) if len(part)]
 
 
-def identity(plan: PromptPlan, config: PPOConfig, rewards: Sequence[str]) -> dict[str, Any]:
-    """What must be equal for a resumed run: it decides what an update sees and does."""
+def identity(plan: PromptPlan, config: PPOConfig, weights: Mapping[str, float]) -> dict[str, Any]:
+    """What must be equal for a resumed run: it decides what an update sees and does. ``weights``: of
+    the rewards by their names."""
     free = ("out", "resume", "save_every", "keep", "samples", "parallel", "slots")
     settings = {
         name: repr(getattr(config, name))
@@ -92,7 +93,7 @@ def identity(plan: PromptPlan, config: PPOConfig, rewards: Sequence[str]) -> dic
     tokens = hashlib.sha256(b"".join(plan.ids[i].tobytes() + b"|" for i in plan.train))  # type: ignore[union-attr]
     return {
         **settings,
-        "rewards": ", ".join(rewards),
+        "rewards": ", ".join(f"{name} ({weight:g})" for name, weight in weights.items()),
         "updates": plan.updates,
         "prompts": tokens.hexdigest()[:16],
     }

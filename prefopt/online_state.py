@@ -74,7 +74,7 @@ def save(loop: Any) -> None:
     }
     state: dict[str, Any] = {
         "update": loop.update,
-        "identity": identity(loop.plan, loop.config, list(loop.collector.rewards)),
+        "identity": identity(loop.plan, loop.config, loop.collector.weights),
         "base": loop.key,
         "kl": loop.beta.state(),
         "moments": loop.collector.moments.state(),
@@ -99,7 +99,7 @@ def restore(loop: Any, path: Path) -> None:
     """Put a Loop back where a checkpoint was written; InputError unless it is one of this run."""
     groups, state = checkpoint.load_checkpoint(path)
     learner = loop.learner
-    ours = identity(loop.plan, loop.config, list(loop.collector.rewards))
+    ours = identity(loop.plan, loop.config, loop.collector.weights)
     for name, value in ours.items():
         saved = state.get("identity", {}).get(name)
         if saved != value:
