@@ -32,7 +32,7 @@ def scoring(policy: Any, config: PPOConfig) -> dict[str, Any]:
     if config.loss == "dpo":
         return {"temperature": 1.0, "closed": None}
     stops = stop_ids(config.sampling, policy.model, policy.tokenizer)
-    closed = (config.min_new_tokens, stops) if config.min_new_tokens else None
+    closed = (config.min_new_tokens, stops) if config.min_new_tokens and stops else None
     return {"temperature": config.temperature, "closed": closed}
 
 
@@ -218,8 +218,10 @@ class Collector:
             values=exp.columns.get("values"), bootstrap=exp.bootstrap,
             gamma=config.gamma, lam=config.lam,
         )  # fmt: skip
-        raw = adv[learnt]
-        row = {"advantages/mean": raw.mean().item(), "advantages/std": raw.std(correction=0).item()}
+        raw, row = adv[learnt], {}
+        if len(raw):
+            row["advantages/mean"] = raw.mean().item()
+            row["advantages/std"] = raw.std(correction=0).item()
         if config.has_critic and config.whiten_advantages:
             adv = whiten(adv, learnt)
         exp.columns["advantages"] = adv

@@ -82,8 +82,8 @@ def minibatches(groups: int, update: int, epoch: int, config: PPOConfig) -> list
 
 
 def identity(plan: PromptPlan, config: PPOConfig, weights: Mapping[str, float]) -> dict[str, Any]:
-    """What must be equal for a resumed run: it decides what an update sees and does. ``weights``: of
-    the rewards by their names."""
+    """What must be equal for a resumed run: it decides what an update sees and does.
+    ``weights``: of the rewards, by their names."""
     free = ("out", "resume", "save_every", "keep", "samples", "parallel", "slots")
     settings = {
         name: repr(getattr(config, name))

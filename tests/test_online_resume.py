@@ -1,4 +1,4 @@
-"""Online runs that are stopped, killed or fail, and go on: bit for bit what they would have been."""
+"""Online runs that are stopped, killed or fail, and go on: to the bit what they would have been."""
 
 import json
 import os
