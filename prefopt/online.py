@@ -191,9 +191,9 @@ class Loop:
             self.evaluate_due()
             if self.config.save_every and number % self.config.save_every == 0:
                 self.save()
-        self.run_dir.save_model(self.policy)
         if self.learner.critic is not None:
             save_critic(self.learner.critic, self.run_dir.dir / "critic")
+        self.run_dir.save_model(self.policy)  # last: with a model the run is finished
 
     # -- one update
 
