@@ -87,7 +87,8 @@ class PPO:
                 old, rows(known["sampled"]), mask, kind=self.importance, cap=self.importance_cap
             )
             losses = losses * weights
-            sums["rollout/importance_clipped"] = ((weights != 1) & mask).sum()
+            cut = (weights == 0) | (weights >= self.importance_cap)
+            sums["rollout/importance_clipped"] = (cut & mask).sum()
         if self.kl_loss_kind is not None:
             ref = rows(known["ref"])
             losses = losses + self.beta * kl_loss(logp, old, ref, kind=self.kl_loss_kind)
