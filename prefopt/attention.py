@@ -47,6 +47,13 @@ class Runs:
         self.calls = 0
         self.windows: set[int | None] = set()
         self.head_size = 0  # the largest
+        self._blocks: dict[int | None, list[_Block]] = {}
+
+    def blocks(self, window: int | None) -> list[_Block]:
+        """The queries and keys that every layer with this window goes through."""
+        if window not in self._blocks:
+            self._blocks[window] = list(_blocks(self, window))
+        return self._blocks[window]
 
     @functools.cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -113,10 +120,11 @@ class _Block(NamedTuple):
     end: int
     prompt: slice
     own: slice
-    hidden: Tensor | None  # [L, M] bool, True where a query must not look; None: nowhere
+    bias: Tensor | None  # [L, M] float32: -inf where a query must not look, else 0; None: all 0
 
 
 def _blocks(runs: Runs, window: int | None) -> Iterator[_Block]:
+    known: dict[tuple[int, int, int], Tensor] = {}  # runs of one length share a bias
     for run_start, run_end, p0, p1 in runs.table:
         for start in range(run_start, run_end, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, run_end)
@@ -124,12 +132,22 @@ def _blocks(runs: Runs, window: int | None) -> Iterator[_Block]:
             first = 0 if window is None else max(0, behind - window + 1)
             prompt = slice(min(p0 + first, p1), p1)
             own = slice(run_start + max(0, first - (p1 - p0)), end)
-            query = torch.arange(behind, behind + end - start, device=runs.device)[:, None]
-            distance = query - torch.arange(first, behind + end - start, device=runs.device)
-            hidden = distance < 0
-            if window is not None:
-                hidden |= distance >= window
-            yield _Block(start, end, prompt, own, hidden if end - start > 1 else None)
+            shape = end - start, behind, first
+            if end - start > 1 and shape not in known:
+                known[shape] = _bias(*shape, window, runs.device)
+            yield _Block(start, end, prompt, own, known.get(shape))
+
+
+def _bias(
+    queries: int, behind: int, first: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Of so many queries from position `behind` on keys from position `first` on, [L, M]."""
+    query = torch.arange(behind, behind + queries, device=device)[:, None]
+    distance = query - torch.arange(first, behind + queries, device=device)
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _keys(x: Tensor, block: _Block) -> Tensor:
@@ -151,11 +169,11 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs, how: _How) -> Tensor:
         heads, tokens, _ = q.shape
         out = q.new_zeros(tokens, heads, v.shape[-1])  # a row of no run is padding
-        for block in _blocks(runs, how.window):
+        for block in runs.blocks(how.window):
             rows = slice(block.start, block.end)
             weights = _scores(q[:, rows], _keys(k, block), block, how).softmax(-1)
-            mixed = torch.bmm(weights.to(q.dtype), _keys(v, block))  # [G, r L, e]
-            out[rows] = mixed.view(heads, -1, v.shape[-1]).transpose(0, 1)
+            mixed = _product(weights.to(q.dtype), _keys(v, block))  # [G, r L, e]
+            out[rows] = mixed.reshape(heads, -1, v.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(q, k, v, out)
         ctx.runs, ctx.how = runs, how
         return out
@@ -168,7 +186,7 @@ class _Blocks(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # sum over d of g * out is what the softmax's Jacobian subtracts from every score
         centre = (grad.to(_wide(q)) * out).sum(-1).t()  # [H, T]
-        for block in _blocks(ctx.runs, how.window):
+        for block in ctx.runs.blocks(how.window):
             rows = slice(block.start, block.end)
             keys, values = _keys(k, block), _keys(v, block)
             scores = _scores(q[:, rows], keys, block, how)
@@ -178,14 +196,14 @@ class _Blocks(torch.autograd.Function):
                 slope = 1 - capped * capped
             weights = scores.softmax(-1)
             g = grad[rows].transpose(0, 1).reshape(groups, -1, v.shape[-1])
-            _add_keys(dv, block, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
+            _add_keys(dv, block, _product(weights.to(g.dtype).transpose(1, 2), g))
             ds = torch.bmm(g, values.transpose(1, 2)).to(weights.dtype)
             ds.sub_(centre[:, rows].reshape(groups, -1, 1)).mul_(weights).mul_(how.scale)
             if slope is not None:
                 ds.mul_(slope)
             ds = ds.to(g.dtype)
-            dq[:, rows] = torch.bmm(ds, keys).view(heads, -1, d)
-            _add_keys(dk, block, torch.bmm(ds.transpose(1, 2), _grouped(q[:, rows], groups)))
+            dq[:, rows] = _product(ds, keys).reshape(heads, -1, d)
+            _add_keys(dk, block, _product(ds.transpose(1, 2), _grouped(q[:, rows], groups)))
         return dq, dk, dv, None, None
 
 
@@ -204,9 +222,17 @@ def _scores(q: Tensor, keys: Tensor, block: _Block, how: _How) -> Tensor:
     scores = torch.baddbmm(q2.new_zeros(1, 1, 1), q2, k2.transpose(1, 2), beta=0, alpha=how.scale)
     if how.softcap is not None:
         scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
-    if block.hidden is not None:
-        scores.view(len(keys), -1, *block.hidden.shape).masked_fill_(block.hidden, float("-inf"))
+    if block.bias is not None:
+        scores.view(len(keys), -1, *block.bias.shape).add_(block.bias)
     return scores
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [G, n, m] @ b [G, m, d]. Of narrow heads as the transpose of b^T a^T, which fills the
+    registers of MKL's kernels: 3.4 times as fast at d = 8, and 8% slower at 64."""
+    if b.shape[-1] >= 32 or b.device.type != "cpu":
+        return torch.bmm(a, b)
+    return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
 
 
 def _add_keys(target: Tensor, block: _Block, grad: Tensor) -> None:
