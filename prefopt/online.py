@@ -162,7 +162,7 @@ class Loop:
         self.policy, self.key = learner.policy, key
         self.beta = AdaptiveKL(config.kl.beta, config.kl.target, config.kl.horizon)
         self.watch = Watch(
-            dtype=str(learner.policy.dtype).removeprefix("torch."), kl_target=config.kl.target
+            dtype=str(learner.policy.autocast or learner.policy.dtype), kl_target=config.kl.target
         )
         self.update, self.pending = 0, None
         self.saved = (-1, -1)  # (update, steps of the pending one) of the last checkpoint
