@@ -19,18 +19,23 @@ from prefopt.experience import Experience, from_samples
 from prefopt.online_config import PPOConfig
 from prefopt.rewards import Reward, score_tokens, takes_tokens
 from prefopt.rl import RunningMoments, advantages, kl_estimate, shape_rewards, whiten
-from prefopt.rollout.stops import stop_ids
-from prefopt.rollout.types import RolloutEngine
+from prefopt.rollout.stops import as_text, stop_ids
+from prefopt.rollout.types import RolloutEngine, Sample
 from prefopt.scoring import penalised, standardised
 
 ROLLOUT, HELD_OUT = 0, 1  # places in the noise of the sampler
 
 
 def scoring(policy: Any, config: PPOConfig) -> dict[str, Any]:
-    """How Policy.forward gives log-probs of the distribution that was sampled from; of the policy
-    as it is where pairs of samples are what is learnt."""
+    """How Policy.forward gives the log-probs that are learnt from: those of the distribution that
+    was sampled from; of the policy as it is where pairs of samples are what is learnt."""
     if config.loss == "dpo":
         return {"temperature": 1.0, "closed": None}
+    return of_samples(policy, config)
+
+
+def of_samples(policy: Any, config: PPOConfig) -> dict[str, Any]:
+    """How Policy.forward gives log-probs of the distribution that was sampled from."""
     stops = stop_ids(config.sampling, policy.model, policy.tokenizer)
     closed = (config.min_new_tokens, stops) if config.min_new_tokens and stops else None
     return {"temperature": config.temperature, "closed": closed}
@@ -68,6 +73,8 @@ class Collector:
                 )
         self.moments = RunningMoments()  # of all scores so far
         self.scoring = scoring(policy, config)
+        self.of_samples = self.scoring == of_samples(policy, config)
+        self.stops = stop_ids(config.sampling, policy.model, policy.tokenizer)
         full = policy.dtype == torch.float32 and policy.autocast is None
         self.trusts_sampler = full and config.engine == "torch"
 
@@ -91,12 +98,15 @@ class Collector:
             )
         finally:
             self.policy.train(training)
-        decode = self.policy.tokenizer.decode
-        texts = [decode(s.tokens, skip_special_tokens=True) for some in samples for s in some]
+        texts = [self._text(sample) for some in samples for sample in some]
         exp = from_samples(ids, samples)
         if self.config.truncated == "mask":
             exp.kept = exp.stopped.clone()
         return exp, texts
+
+    def _text(self, sample: Sample) -> str:
+        """What rewards and people read: no stop token, and nothing from a stop text on."""
+        return as_text(sample, self.config.sampling, self.stops, self.policy.tokenizer).text
 
     def judge(
         self,
@@ -120,7 +130,7 @@ class Collector:
             ends += self.weights[name] * whole
             each += self.weights[name] * said.rows(each.shape[1])
         exp.ends = ends.float()
-        exp.scores = (ends + each.double().sum(1)).float()
+        exp.scores = exp.worth = (ends + each.double().sum(1)).float()
         if each.any():
             exp.columns["token_scores"] = each
         for name, reward in self.watched.items():
@@ -203,14 +213,15 @@ class Collector:
     # -- advantages
 
     def price(self, exp: Experience, beta: float) -> dict[str, float]:
-        """Fill in "advantages" and "returns"; what the update's row says of the samples."""
+        """Fill in ``worth``, "advantages" and "returns"; what the update's row says of these."""
         config, learnt = self.config, exp.learnt
-        scores = self.shaped(exp)
+        scores, token_scores = self.shaped(exp), exp.columns.get("token_scores")
+        exp.worth = scores if token_scores is None else scores + token_scores.sum(1)
+        if config.loss == "dpo":
+            return {}
         kl = self._kl(exp, "k1")
         in_reward = beta if config.kl.placement == "reward" else 0.0
-        rewards = shape_rewards(
-            scores, kl, exp.mask, beta=in_reward, token_scores=exp.columns.get("token_scores")
-        )
+        rewards = shape_rewards(scores, kl, exp.mask, beta=in_reward, token_scores=token_scores)
         if config.whiten_rewards:
             rewards = whiten(rewards, exp.mask, center=False)
         adv, returns = advantages(
@@ -237,13 +248,13 @@ class Collector:
         return kl_estimate(logp, exp.columns["ref"], kind=kind) * exp.mask
 
     def _comparable(self, exp: Experience) -> bool:
-        """Whether there is a reference, at the temperature of the samples."""
-        return "ref" in exp.columns and self.scoring["temperature"] == self.config.temperature
+        """Whether there is a reference, and of the distribution that was sampled from."""
+        return "ref" in exp.columns and self.of_samples
 
     def figures(self, exp: Experience, beta: float) -> dict[str, float]:
         """What the update's row says of scores, KL, entropy and lengths."""
         scores, lengths = exp.scores.double(), exp.lengths.double()
-        groups = exp.scores.view(-1, exp.n)
+        groups = exp.worth.view(-1, exp.n)
         row = {
             "objective/scores": scores.mean().item(),
             "objective/scores_std": scores.std(correction=0).item(),
@@ -282,10 +293,11 @@ class Collector:
         for place, prompt in enumerate(prompts):
             at = place * exp.n
             tokens = exp.groups[place].responses[0]
+            finish = "stop" if exp.stopped[at] else "length"
             row = {
                 "prompt": "\n\n".join(turn.content for turn in prompt),
-                "response": self.policy.tokenizer.decode(tokens, skip_special_tokens=True),
-                "finish": "stop" if exp.stopped[at] else "length",
+                "response": self._text(Sample(tokens, np.empty(0), finish)),
+                "finish": finish,
                 "tokens": len(tokens),
                 "score": exp.scores[at].item(),
             }

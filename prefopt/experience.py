@@ -25,7 +25,8 @@ from prefopt.rollout.types import Sample
 class Experience:
     """groups: a prompt and its samples, index = place in the update. stopped [R] bool: ended by
     itself. kept [R] bool: is learnt from. scores [R] float32: what the rewards say, together; ends
-    [R] float32: of it, what they say of responses as a whole. bootstrap [R] float32: the value of
+    [R] float32: of it, what they say of responses as a whole. worth [R] float32: the score that is
+    learnt from, penalised and standardised. bootstrap [R] float32: the value of
     what a cut response would have gone on to. columns: rows [R, T] float32 by name, on the CPU, 0
     where no token is: "sampled" (log-probs from the sampler), "old", "ref", "values",
     "token_scores", "advantages" and "returns" as they become known."""
@@ -36,6 +37,7 @@ class Experience:
     kept: Tensor
     scores: Tensor
     ends: Tensor
+    worth: Tensor
     bootstrap: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,6 +110,7 @@ def from_samples(prompts: Sequence[np.ndarray], samples: Sequence[Sequence[Sampl
         torch.ones(len(flat), dtype=torch.bool),
         scores=torch.zeros(len(flat)),
         ends=torch.zeros(len(flat)),
+        worth=torch.zeros(len(flat)),
         bootstrap=torch.zeros(len(flat)),
         columns={"sampled": sampled},
     )

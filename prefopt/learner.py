@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -120,11 +121,17 @@ class Learner:
                 self.objective.on_logprobs = lambda batch, logp: exp.record("old", batch, logp)
             row = self._take(self.side, self.objective, batches) | self.objective.take_extremes()
             self.objective.on_logprobs = None
+        elif self.trunk:
+            with _held(self.policy):
+                row = self._take_values(self.side, batches)
         if self.critic_side is not None:
-            taken = self._take(self.critic_side, self.value_objective, batches)
-            names = {"loss": "loss/value", "grad_norm": "value/grad_norm"}
-            row |= {names.get(name, name): value for name, value in taken.items()}
+            row |= self._take_values(self.critic_side, batches)
         return row
+
+    def _take_values(self, side: Side, batches: list[Batch]) -> dict[str, float]:
+        taken = self._take(side, self.value_objective, batches)
+        names = {"loss": "loss/value", "grad_norm": "value/grad_norm"}
+        return {names.get(name, name): value for name, value in taken.items()}
 
     def _take(self, side: Side, objective: Any, batches: list[Batch]) -> dict[str, float]:
         stats = optimizer_step(
@@ -134,14 +141,16 @@ class Learner:
         return _means(stats)
 
     def _pairs(self, exp: Experience, places: Sequence[int]) -> Iterator[Batch]:
-        """The best and the worst sample of each prompt, the first of equals; none where all are
-        equal."""
+        """The best and the worst of the samples of each prompt that are learnt from, the first of
+        equals; none where all are equal."""
         items, rows = [], []
         for place in places:
-            scores = exp.scores[place * exp.n : (place + 1) * exp.n]
-            best, worst = int(scores.argmax()), int(scores.argmin())
-            if scores[best] == scores[worst]:
+            part = slice(place * exp.n, (place + 1) * exp.n)
+            kept = exp.kept[part].nonzero().flatten()
+            worth = exp.worth[part][kept]
+            if not len(kept) or worth.max() == worth.min():
                 continue
+            best, worst = (int(kept[at]) for at in (worth.argmax(), worth.argmin()))
             group = exp.groups[place]
             pair = (group.responses[best], group.responses[worst])
             items.append(Encoded(group.prompt, pair, len(rows) // 2))
@@ -151,6 +160,19 @@ class Learner:
         for batch in pack(items, max_tokens=self.config.micro_tokens, layout=self.policy.layout):
             part = slice(start, start := start + batch.num_responses)
             yield dataclasses.replace(batch, ref_logprobs=ref[part][mask[part]])
+
+
+@contextlib.contextmanager
+def _held(policy: Any) -> Iterator[None]:
+    """Inside, a trunk's value head trains alone."""
+    parameters = [p for _, p in policy.trainable()]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def _means(stats: StepStats) -> dict[str, float]:

@@ -210,7 +210,7 @@ class Loop:
         row |= collector.judge(exp, asked, texts, self.columns(numbers, config.n))
         self.stop.check()
         collector.read(exp, minibatches(len(exp.groups), number, 0, config))
-        row |= collector.price(exp, self.beta.beta) if config.loss != "dpo" else {}
+        row |= collector.price(exp, self.beta.beta)
         row |= collector.figures(exp, self.beta.beta)
         row["repetition"] = repetition([r for group in exp.groups for r in group.responses])
         row["seconds/score"] = time.perf_counter() - began

@@ -18,14 +18,8 @@ from prefopt.errors import InputError
 from prefopt.experience import Experience
 from prefopt.online_plan import PromptPlan, identity
 
-ROWS = (
-    "mask",
-    "stopped",
-    "kept",
-    "scores",
-    "ends",
-    "bootstrap",
-)  # of an Experience, beside its columns
+# Of an Experience, beside its columns.
+ROWS = ("mask", "stopped", "kept", "scores", "ends", "worth", "bootstrap")
 EXTREMES = {"policy/ratio_max": max, "policy/ratio_min": min}
 
 
