@@ -50,8 +50,8 @@ class Prompts(Spool[Prompt]):
             return
         # As ASCII: half a surrogate pair in a column is no reason to leave the prompt out.
         text = json.dumps(rest, default=_plainly)
-        if self.take(where, [[prompt, text] for prompt in prompts], rows):
-            self.names |= dict.fromkeys(rest)
+        self.take(where, [[prompt, text] for prompt in prompts], rows)
+        self.names |= dict.fromkeys(rest)
 
 
 def columns_of(prompts: Sequence[Prompt], places: Sequence[int]) -> dict[str, list[Any]]:
