@@ -6,7 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prefopt.errors import InputError
 
@@ -90,6 +91,7 @@ class TrainConfig:
             raise InputError(f"ref_sync_alpha is {self.ref_sync_alpha!r}; it must be in (0, 1]")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
+        check_choices(self)
         check_single_process()
 
 
@@ -99,6 +101,18 @@ def check_lowest(config: Any, **lowest: float) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise InputError(f"{name} is {value!r}; it must be at least {low}")
+
+
+def check_choices(config: Any) -> None:
+    """InputError for the first field that is not among the values that its Literal lists."""
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = (hint, *get_args(hint))
+        choices = [
+            value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)
+        ]
+        value = getattr(config, name)
+        if choices and value not in choices and not (value is None and NoneType in kinds):
+            raise InputError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
 
 
 def check_single_process() -> None:

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefopt.config import check_lowest, check_single_process
+from prefopt.config import check_choices, check_lowest, check_single_process
 from prefopt.errors import InputError
 
 Estimator = Literal["gae", "reinforce++", "rloo", "grpo", "dr_grpo", "rf++_baseline"]
 Loss = Literal["ppo", "gspo", "cispo", "reinforce", "dpo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum-const"]
 GROUPED = ("rloo", "grpo", "dr_grpo", "rf++_baseline")  # compare samples of the same prompt
+
+OF_CRITIC = ("critic", "critic_start", "critic_lr", "critic_warmup")
+NOT_OF_DPO = ("aggregation", "entropy_coef", "importance", "early_stop_kl", "whiten_rewards")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class KLConfig:
     beta: float = 0.05
     target: float | None = None
     horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 0 <= self.beta < math.inf:
+            raise InputError(f"kl.beta is {self.beta!r}; it must be at least 0")
+        for name in ("target", "horizon"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"kl.{name} is {value!r}; it must be above 0")
+        if self.target is not None and not self.beta:
+            raise InputError("kl.target steers kl.beta, which has to start above 0")
 
 
 @dataclass(frozen=True)
@@ -177,12 +191,12 @@ class PPOConfig:
             batch_size=1, samples_per_prompt=1, minibatches=1, ppo_epochs=1, micro_tokens=2,
             max_length=2, max_new_tokens=1, min_new_tokens=0, slots=1, epochs=1, max_steps=1,
             max_norm=0, warmup=0, weight_decay=0, eval_prompts=1, eval_every=1, samples=0,
-            save_every=0, keep=1, critic_warmup=0, importance_cap=0, missing_stop_penalty=0,
+            save_every=0, keep=1, critic_warmup=0, missing_stop_penalty=0,
             value_coef=0, entropy_coef=0, overlong_buffer=1, overlong_factor=0,
         )  # fmt: skip
         for name in (
             *("temperature", "lr", "critic_lr", "adam_eps", "early_stop_kl", "clip_scores"),
-            "value_clip",
+            *("value_clip", "importance_cap"),
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -194,11 +208,14 @@ class PPOConfig:
             raise InputError(f"eval_fraction is {self.eval_fraction!r}; it must be in [0, 1)")
         if self.missing_stop_score is not None and self.missing_stop_penalty:
             raise InputError("missing_stop_score replaces the score that the penalty lowers")
+        if self.missing_stop_score is not None and not math.isfinite(self.missing_stop_score):
+            raise InputError(f"missing_stop_score is {self.missing_stop_score!r}, no finite number")
         if (self.overlong_buffer or 0) > self.max_new_tokens:
             raise InputError(
                 f"overlong_buffer is {self.overlong_buffer}, above max_new_tokens "
                 f"{self.max_new_tokens}"
             )
+        check_choices(self)
         self._check_sampling()
         self._check_algorithm()
         check_single_process()
@@ -220,16 +237,10 @@ class PPOConfig:
             )
 
     def _check_algorithm(self) -> None:
-        from prefopt.rl import ESTIMATORS, check_kl
+        from prefopt.rl import check_kl
         from prefopt.rl_losses import policy_loss_from
 
         kl = self.kl
-        if not 0 <= kl.beta < math.inf:
-            raise InputError(f"kl.beta is {kl.beta!r}; it must be at least 0")
-        if self.estimator not in ESTIMATORS:
-            raise InputError(f"estimator is {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
-        if kl.target is not None and not (kl.target > 0 and kl.beta > 0 and kl.horizon > 0):
-            raise InputError("kl.target, kl.horizon and the kl.beta it starts from are above 0")
         if self.grouped and self.n < 2:
             needs = "loss dpo" if self.loss == "dpo" else f"estimator {self.estimator}"
             raise InputError(f"samples_per_prompt is {self.n}; {needs} needs at least 2")
@@ -244,8 +255,18 @@ class PPOConfig:
             policy_loss_from(self.loss, **(self.loss_options or {}))
         if self.truncated == "bootstrap" and not self.has_critic:
             raise InputError("truncated bootstrap needs the critic of estimator gae")
-        if self.critic_warmup and not self.has_critic:
-            raise InputError("critic_warmup is about the critic of estimator gae")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """InputError for a field that is set and would do nothing."""
+        default = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        moved = {name for name, value in default.items() if getattr(self, name) != value}
+        for name in OF_CRITIC:
+            if name in moved and not self.has_critic:
+                raise InputError(f"{name} is about the critic of estimator gae, and there is none")
+        for name in NOT_OF_DPO:
+            if name in moved and self.loss == "dpo":
+                raise InputError(f"loss dpo has no {name}; leave it out")
 
     @property
     def has_critic(self) -> bool:
