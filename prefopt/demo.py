@@ -39,7 +39,7 @@ from prefopt.rundir import RunDir
 from prefopt.train import train
 
 SETTINGS: dict[str, Any] = {"max_length": 256, "save_every": 0, "samples": 0}
-SFT_STEPS, BETA, PPO_UPDATES = 40, 0.1, 24
+SFT_STEPS, BETA, PPO_UPDATES = 40, 0.1, 32
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Demo:
         steps = min(PPO_UPDATES, self.max_steps or PPO_UPDATES)
         config = PPOConfig(
             str(self.folder / "ppo"), max_steps=steps, save_every=0, max_length=256,
-            max_new_tokens=48, batch_size=32, lr=5e-4, kl=KLConfig(beta=0.05), epochs=2,
+            max_new_tokens=48, batch_size=32, lr=2e-3, kl=KLConfig(beta=0.05), epochs=2,
             eval_prompts=32, missing_stop_penalty=1.0,
         )  # fmt: skip
         recorded = {"model": "embedded after SFT", "data": "embedded", "reward": str(reward)}
