@@ -94,7 +94,7 @@ class PPO:
             losses = losses + self.beta * kl_loss(logp, old, ref, kind=self.kl_loss_kind)
         if self.entropy_coef:
             losses = losses - self.entropy_coef * rows(columns.pop(0))
-        weights, count = self._weights(mask)
+        weights, count = self._weights(mask, losses.dtype)
         total = (weights * losses.where(mask, 0.0)).sum()
         sums["loss/policy"] = total.detach()
         if self.value_coef is not None:
@@ -116,10 +116,11 @@ class PPO:
         self.extremes = {}
         return found
 
-    def _weights(self, mask: Tensor) -> tuple[Tensor, Any]:
+    def _weights(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
         lengths = mask.sum(1)
         tokens, responses = int(lengths.sum()), int((lengths > 0).sum())
-        weights = token_weights(lengths[:, None], self.aggregation, denom=self.denom)
+        given = lengths[:, None].to(dtype)
+        weights = token_weights(given, self.aggregation, denom=self.denom)
         return weights, count_of(self.aggregation, tokens, responses)
 
 
