@@ -96,6 +96,11 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    n: int = 1,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: list[str] | str | None = None,
+    min_new_tokens: int = 0,
     template: str = "auto",
     quantize: Quantize | None = None,
     dtype: Dtype = "auto",
@@ -109,6 +114,11 @@ def generate(
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token, 1 samples from the model.
         seed: of the sampling.
+        n: how many answers to each prompt.
+        top_p: sample only from the likeliest tokens that together have this probability.
+        top_k: sample only from this many likeliest tokens; 0 is all.
+        stop: a text that ends an answer and is not shown, or a list of them.
+        min_new_tokens: shortest answer.
         template: how conversations become text.
         quantize: nf4, fp4 or none; null is what the adapter was trained on.
         dtype: of the weights.
@@ -116,6 +126,8 @@ def generate(
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise InputError("max_new_tokens must be at least 1 and temperature at least 0")
+    if n > 1 and temperature == 0:
+        raise InputError("at temperature 0 all answers to a prompt are the same; raise it for n")
     given = [prompt] if isinstance(prompt, str) else prompt
     prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
@@ -126,10 +138,15 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        n=n,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop or (),
+        min_new_tokens=min_new_tokens,
         template=template,
     )
-    for text, answer in zip(prompts, answers, strict=True):
-        say(f"> {text}", style="dim")
+    for number, answer in enumerate(answers):
+        say(f"> {prompts[number // n]}", style="dim")
         say(answer.text.strip() + ("" if answer.finish == "stop" else " ..."))
         say()
     return 0

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.encode import Encoded
+from prefopt.data.packing import pack
 from prefopt.errors import InputError
 from prefopt.rollout.stops import stop_ids
-from prefopt.rollout.types import Sample, SamplingParams, check_prompts
+from prefopt.rollout.types import Sample, SamplingParams, check_prompts, evaluating
 
 PAGE = 64  # tokens of a page of the cache on the CPU
+BOUND, BOUND_16 = 1e-4, 0.05  # nats a token that log-probs may differ from training's on average
 WAIT = 0.2  # seconds until it is looked again whether the other thread still runs
 
 
@@ -26,7 +29,8 @@ class ContinuousEngine:
     and a minimal length are refused, as is what computes under autocast (it generates in a thread
     of its own, which autocast does not reach), and a model that transformers cannot page. Log-probs
     are those of the logits at the temperature as the model gives them: in 16 bits they differ from
-    training's by the rounding of a logit.
+    training's by the rounding of a logit. Paged attention leaves out what some models ask of it
+    (Gemma 2's softcap), so in every call the longest response is scored again as training would.
     """
 
     def __init__(self, policy: Any, *, slots: int = 64):
@@ -39,6 +43,7 @@ class ContinuousEngine:
                 "weights that do; use the torch engine, or load the model with dtype='float32'"
             )
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[np.ndarray],
@@ -60,10 +65,16 @@ class ContinuousEngine:
         stops = stop_ids(params, policy.model, policy.tokenizer)
         # Each prompt n times, not num_return_sequences: its copies share their first token.
         asked = [prompt.tolist() for prompt in prompts for _ in range(n)]
-        with _restored(policy), self._manager(params, stops, seed, asked) as manager:
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(policy))
+            stack.enter_context(torch.random.fork_rng(devices))
+            policy.attend(policy._own_attention)
+            manager = stack.enter_context(self._manager(params, stops, seed, asked))
             names = manager.add_requests(inputs=asked, max_new_tokens=params.max_new_tokens)
             results = _collect(manager, set(names), on_sample)
         flat = [_sample(results[name], stops) for name in names]
+        self._check(asked, flat, params.temperature or 1.0)
         return [flat[start : start + n] for start in range(0, len(flat), n)]
 
     @contextlib.contextmanager
@@ -92,6 +103,21 @@ class ContinuousEngine:
         finally:
             manager.stop(block=True, hard_stop=True)
             manager.destroy()
+
+    def _check(self, asked: list[list[int]], samples: list[Sample], temperature: float) -> None:
+        """InputError where the log-probs of the longest response are not those of training."""
+        policy = self.policy
+        i = max(range(len(samples)), key=lambda i: len(asked[i]) + len(samples[i].tokens))
+        encoded = Encoded(np.asarray(asked[i], np.int32), (samples[i].tokens,), i)
+        (batch,) = pack([encoded], max_tokens=1 << 30, layout=policy.layout)
+        wanted = policy(batch.to(policy.device), temperature=temperature).cpu().numpy()
+        difference = np.abs(wanted - samples[i].logprobs).mean()
+        if not difference < (BOUND if policy.dtype.itemsize >= 4 else BOUND_16):
+            raise InputError(
+                f"transformers' continuous batching computes something else than "
+                f"{policy.model.config.model_type} models do (log-probs differ by "
+                f"{difference:.2g} nats per token); use the torch engine"
+            )
 
     def _cache(self, params: SamplingParams, asked: list[list[int]]) -> dict[str, Any]:
         """On the CPU a forward reads all of the cache, so it gets no more than what it needs; its
@@ -123,22 +149,6 @@ def _check_params(params: SamplingParams) -> None:
     for name in ("min_new_tokens", "top_p", "top_k", "stop"):
         if getattr(params, name) != getattr(plain, name):
             raise InputError(f"continuous batching takes no {name}; use the torch engine")
-
-
-@contextlib.contextmanager
-def _restored(policy: Any) -> Iterator[None]:
-    """Evaluation mode and the model's own attention; afterwards these, the global random state and
-    the type of the weights are as they were."""
-    training, attention = policy.training, policy.model.config._attn_implementation
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    policy.eval()
-    policy.attend(policy._own_attention)
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
-    finally:
-        policy.train(training)
-        policy.attend(attention)
 
 
 def _collect(manager: Any, names: set[str], on_sample: Callable[[int], None] | None) -> dict:

@@ -19,7 +19,7 @@ def stop_ids(params: SamplingParams, model: Any, tokenizer: Any) -> tuple[int, .
 
 
 class StopTexts:
-    """Whether a response's text has come to one of ``texts``, asked after every token.
+    """Whether the last token of a response completes one of ``texts``, asked after every token.
 
     Looked for in the text of the last tokens: as many as the longest stop text has bytes, for a
     token may be one byte, and a few more, because a tokenizer may treat the first one in its own
@@ -32,8 +32,7 @@ class StopTexts:
 
     def found(self, tokens: Sequence[int]) -> bool:
         """tokens: the whole response so far."""
-        tail = self.tokenizer.decode(tokens[-self.reach :], skip_special_tokens=True)
-        return any(text in tail for text in self.texts)
+        return bool(_completed(tokens[-self.reach :], self.texts, self.tokenizer))
 
 
 def as_text(
@@ -41,8 +40,23 @@ def as_text(
 ) -> Generation:
     """What people read of a response: without its stop token, and up to its stop text."""
     tokens = sample.tokens.tolist()
-    if sample.finish == "stop" and tokens[-1] in stops:
-        tokens = tokens[:-1]
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    at = [text.find(stop) for stop in params.stop if stop in text]
-    return Generation(text[: min(at)] if at else text, sample.finish, len(tokens))
+    if sample.finish == "length":
+        return Generation(_text(tokens, tokenizer), sample.finish, len(tokens))
+    if tokens[-1] in stops:
+        return Generation(_text(tokens[:-1], tokenizer), sample.finish, len(tokens) - 1)
+    text = _text(tokens, tokenizer)
+    done = _completed(tokens, params.stop, tokenizer)
+    end = min((text.rfind(stop) for stop in done), default=len(text))
+    return Generation(text[:end], sample.finish, len(tokens))
+
+
+def _completed(tokens: Sequence[int], texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Those of ``texts`` that are there once more with the last token than without it."""
+    now = _text(tokens, tokenizer)
+    there = [text for text in texts if text in now]
+    before = _text(tokens[:-1], tokenizer) if there else ""
+    return [text for text in there if now.count(text) > before.count(text)]
+
+
+def _text(tokens: Sequence[int], tokenizer: Any) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True)

@@ -8,9 +8,8 @@ slots.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from prefopt.rollout.lean import lean
 from prefopt.rollout.picking import Picker
 from prefopt.rollout.slots import Prefix, Slots, Step
 from prefopt.rollout.stops import StopTexts, stop_ids
-from prefopt.rollout.types import Sample, SamplingParams, check_prompts
+from prefopt.rollout.types import Sample, SamplingParams, check_prompts, evaluating
 
 AHEAD = 4  # a quarter of the slots: how many responses wait with their prompt read
 Reader = Callable[[Tensor, Tensor, Step], Tensor]
@@ -81,7 +80,9 @@ class TorchEngine:
         if policy.device.type == "cpu":
             rows += -rows % EVEN
         write = plain.write if policy.layout_reason else _write
-        with _ready(policy):
+        dtype = policy.autocast
+        autocast = torch.autocast(policy.device.type, dtype, enabled=dtype is not None)
+        with evaluating(policy), autocast:
             drafts = Drafts(rows, params, stops, texts)
             pick = Picker(policy.model, policy._head_options, params, stops)
             write(policy, _Work(prompts, n, seed, keys), drafts, pick, done)
@@ -97,20 +98,6 @@ class _Work(NamedTuple):
     def start(self, drafts: Drafts, request: Request) -> int:
         prompt, key = self.prompts[request.prompt], self.keys[request.prompt]
         return drafts.start(request, prompt, self.seed, key)
-
-
-@contextlib.contextmanager
-def _ready(policy: Any) -> Iterator[None]:
-    """Evaluation mode and autocast; afterwards everything is as it was, whatever happened."""
-    training, attention = policy.training, policy.model.config._attn_implementation
-    policy.eval()
-    device, dtype = policy.device.type, policy.autocast
-    try:
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            yield
-    finally:
-        policy.train(training)
-        policy.attend(attention)
 
 
 def _write(

@@ -6,7 +6,8 @@ engine says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,6 +109,21 @@ def check_prompts(
                 f"Prompt {i} has {len(prompt)} tokens, and with {params.max_new_tokens} new ones "
                 f"it would not fit into the model's context of {room}; shorten it or ask for fewer"
             )
+
+
+@contextlib.contextmanager
+def evaluating(policy: Any) -> Iterator[None]:
+    """Evaluation mode; afterwards every module, and the attention, is as it was, whatever
+    happened."""
+    modes = [(module, module.training) for module in policy.modules()]
+    attention = policy.model.config._attn_implementation
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        policy.attend(attention)
 
 
 @dataclass(frozen=True)
