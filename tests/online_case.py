@@ -4,15 +4,20 @@ reward, and what a finished run left behind."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefopt import LoraConfig, Message, Policy, PPOConfig, train_ppo
 from prefopt.durable import load_tensors
+from prefopt.experience import Experience
+from prefopt.online import Loop
+from prefopt.rundir import RunDir
 
 WORDS = 32
 EOS = 2
@@ -77,6 +82,34 @@ def train(
     lora, prompts = given.pop("lora", LORA), given.pop("prompts", PROMPTS)
     policy = policy or policy_of(base, lora, **given.pop("load", {}))
     return train_ppo(policy, prompts, reward, config_of(out, **given), quiet=True, **extra)
+
+
+@dataclass
+class Done:
+    """What one update did: weights after it by role and name, its samples, its row."""
+
+    weights: dict[str, torch.Tensor]
+    exp: Experience
+    row: dict[str, float]
+    numbers: list[int]
+
+
+def one_update(base: Path, out: Path, reward: Any = even_words, *, at: int = 1, **settings) -> Done:
+    """Of update number ``at``, the last one of a run."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "report", lambda self: None)
+        finish = Loop.finish
+        patch.setattr(Loop, "finish", lambda loop, u: (seen.append((loop, u)), finish(loop, u)))
+        train(base, out, reward, **{"max_steps": at, "save_every": 0, **settings})
+    loop, update = seen[-1]
+    models = {"policy": loop.policy, "value": loop.learner.critic}
+    weights = {
+        f"{role}/{name}": p.detach().clone()
+        for role, model in models.items() if model is not None
+        for name, p in model.trainable(role)
+    }  # fmt: skip
+    return Done(weights, update.exp, update.figures, update.numbers)
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

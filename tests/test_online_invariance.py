@@ -16,11 +16,10 @@ from prefopt import KLConfig, collect, online
 from prefopt.data.encoded import Encoded
 from prefopt.experience import Experience
 from prefopt.objectives.ppo import PPO, ValueLoss
-from prefopt.online import Loop
 from prefopt.roles import add_critic
 from prefopt.rundir import RunDir
 from prefopt.step import optimizer_step
-from tests.online_case import policy_of, train, write_case
+from tests.online_case import Done, one_update, policy_of, write_case
 
 
 @pytest.fixture(scope="module")
@@ -346,34 +345,6 @@ TRUNK = {
     "adam_eps": 1e-3,
 }  # fmt: skip
 KINDS = {"gae": GAE, "grpo": GRPO, "trunk": TRUNK}
-
-
-@dataclasses.dataclass
-class Done:
-    """What one update did: weights after it by role and name, its samples, its row."""
-
-    weights: dict[str, torch.Tensor]
-    exp: Experience
-    row: dict[str, float]
-    numbers: list[int]
-
-
-def one_update(base, out, **settings) -> Done:
-    """Of the first update of a run."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDir, "report", lambda self: None)
-        finish = Loop.finish
-        patch.setattr(Loop, "finish", lambda loop, u: (seen.append((loop, u)), finish(loop, u)))
-        train(base, out, **{"max_steps": 1, "save_every": 0, **settings})
-    loop, update = seen[0]
-    models = {"policy": loop.policy, "value": loop.learner.critic}
-    weights = {
-        f"{role}/{name}": p.detach().clone()
-        for role, model in models.items() if model is not None
-        for name, p in model.trainable(role)
-    }  # fmt: skip
-    return Done(weights, update.exp, update.figures, update.numbers)
 
 
 @pytest.fixture(scope="module", params=KINDS)
