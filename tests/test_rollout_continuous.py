@@ -1,12 +1,12 @@
 """The engine on transformers' continuous batching: the protocol, the log-probs, what it refuses."""
 
+import sys
 import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from prefopt.errors import InputError
 from prefopt.nn.lora import LoraConfig, add_lora
@@ -90,6 +90,7 @@ def test_what_it_refuses(llama, monkeypatch):
     masters.use_float32_masters()
     with pytest.raises(InputError, match="autocast"):
         ContinuousEngine(masters)
-    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", Older)
+    module = sys.modules["transformers"]  # which it puts in its own place as it loads
+    monkeypatch.setattr(module, "ContinuousBatchingConfig", Older)
     with pytest.raises(InputError, match="update it"):
         ContinuousEngine(llama)

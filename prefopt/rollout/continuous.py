@@ -66,15 +66,13 @@ class ContinuousEngine:
         # Each prompt n times, not num_return_sequences: its copies share their first token.
         asked = [prompt.tolist() for prompt in prompts for _ in range(n)]
         devices = [policy.device] if policy.device.type == "cuda" else []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(evaluating(policy))
-            stack.enter_context(torch.random.fork_rng(devices))
+        with evaluating(policy), torch.random.fork_rng(devices):
             policy.attend(policy._own_attention)
-            manager = stack.enter_context(self._manager(params, stops, seed, asked))
-            names = manager.add_requests(inputs=asked, max_new_tokens=params.max_new_tokens)
-            results = _collect(manager, set(names), on_sample)
-        flat = [_sample(results[name], stops) for name in names]
-        self._check(asked, flat, params.temperature or 1.0)
+            with self._manager(params, stops, seed, asked) as manager:
+                names = manager.add_requests(inputs=asked, max_new_tokens=params.max_new_tokens)
+                results = _collect(manager, set(names), on_sample)
+            flat = [_sample(results[name], stops) for name in names]
+            self._check(asked, flat, params.temperature or 1.0)
         return [flat[start : start + n] for start in range(0, len(flat), n)]
 
     @contextlib.contextmanager
