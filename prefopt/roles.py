@@ -137,6 +137,11 @@ def make_critic(policy: Policy, config: Any, rewards: Mapping[str, Any]) -> Poli
         raise InputError(
             f"the critic {kind} has another vocabulary than the policy, whose tokens it values"
         )
+    if critic.layout == "padded" and policy.layout == "shared":
+        raise InputError(
+            f"the critic {kind} cannot read what is packed for the policy: {critic.layout_reason}; "
+            "load the policy with attention='padded'"
+        )
     if config.critic_start == "reward" and not critic.is_reward_model:
         raise InputError(f"critic_start is reward, and the critic {kind} is a language model")
     stats = critic.score_stats if config.normalize_scores == "reference" else None

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt import InputError, Message
+from prefopt import InputError, Message, Policy, TrainConfig
 from prefopt.data.prompts import columns_of, load_prompts
+from prefopt.metrics import Progress
 from prefopt.pair_making import make_pairs
 from prefopt.rewards import (
     Scored,
@@ -22,6 +24,9 @@ from prefopt.rewards import (
     score_tokens,
     takes_tokens,
 )
+from prefopt.rounds import iterate
+from prefopt.sampling import Sampler, answer_all
+from prefopt.stop import StopSignal
 
 
 def ask(text):
@@ -173,6 +178,28 @@ def test_pairs_are_judged_with_the_columns_of_their_rows():
         make_pairs(
             [{k: row[k] for k in ("prompt", "responses")} for row in rows], right, quiet=True
         )
+
+
+def test_rounds_judge_with_the_columns_of_their_prompts(tiny_model, tmp_path):
+    rows = [{"prompt": f"Tell me {n}", "answer": n} for n in range(3)]
+    prompts, policy = load_prompts(rows), Policy.from_pretrained(tiny_model)
+
+    def numbers(asked, responses, answer):
+        assert [turns[-1].content for turns in asked] == [f"Tell me {n}" for n in answer]
+        return answer
+
+    path, columns = tmp_path / "a.jsonl", partial(columns_of, prompts)
+    sampler = Sampler(n=2, temperature=1.0, max_new_tokens=3, template="auto", seed=0)
+    with Progress(quiet=True) as progress, StopSignal() as stop:
+        answers = answer_all(
+            policy, {2: prompts[2], 1: prompts[1]}, {"n": numbers}, sampler, path, (0,),
+            progress, stop, columns=columns,
+        )  # fmt: skip
+    assert [answer.scores for answer in answers] == [{"n": [2.0, 2.0]}, {"n": [1.0, 1.0]}]
+    config = TrainConfig(str(tmp_path / "out"))
+    with pytest.raises(InputError, match="asks for the column 'answer'"):
+        iterate(str(tiny_model), ["a", "b"], numbers, config, rounds=1, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 # -- tokens

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefopt import InputError, LoraConfig, Message
+from prefopt import InputError, LoraConfig, Message, Policy
 from prefopt.nn.heads import ScoreStats
 from prefopt.policy import ADAPTER
 from prefopt.rewards import RewardModel, load_rewards
@@ -203,6 +203,29 @@ def test_the_critic_that_a_configuration_asks_for(base, rewards, tmp_path):
 
 
 # -- saved and loaded
+
+
+def test_a_critic_that_needs_padding_is_for_a_policy_that_pads(base, monkeypatch):
+    whole = Policy.from_pretrained
+    padded = lambda *a, **o: whole(*a, **o, attention="padded")  # noqa: E731
+    policy, other = load(base, lora=LORA), padded(base, lora=LORA)
+    monkeypatch.setattr(Policy, "from_pretrained", padded)
+    with pytest.raises(InputError, match="cannot read what is packed for the policy"):
+        make_critic(policy, Asked(critic=str(base)), {})
+    critic = make_critic(other, Asked(critic=str(base)), {})
+    assert not critic.values(batch_of(other)).any()
+
+
+def test_a_critic_with_all_weights_is_saved_whole(base, tmp_path):
+    critic = load(base)
+    add_critic(critic, kind="model")
+    moved(critic)
+    save_critic(critic, tmp_path / "critic")
+    again = load(tmp_path / "critic", seed=5)
+    load_critic(again, tmp_path / "critic")
+    batch = batch_of(critic)
+    assert torch.equal(again.values(batch), critic.values(batch))
+    assert again.values(batch).any() and [f.name for f in tmp_path.iterdir()] == ["critic"]
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
