@@ -51,9 +51,9 @@ def beginnings():
 def main(model: str, out: str, **changes) -> None:
     policy = Policy.from_pretrained(model)
     settings = {
-        "kl": KLConfig(beta=0.1, target=6.0, horizon=1_000), "template": "plain",
-        "batch_size": 64, "samples_per_prompt": 2, "max_new_tokens": 64, "max_length": 128,
-        "lr": 1e-4, "max_steps": 100, "epochs": 100, "save_every": 0, **changes,
+        "kl": KLConfig(beta=0.1, target=6.0, horizon=400), "template": "plain",
+        "batch_size": 41, "samples_per_prompt": 2, "max_new_tokens": 64, "max_length": 128,
+        "lr": 2e-4, "critic_lr": 5e-3, "max_steps": 80, "epochs": 80, "save_every": 0, **changes,
     }  # fmt: skip
     run = train_ppo(policy, load_prompts(list(beginnings())), happiness, PPOConfig(out, **settings))
     rows = [row for row in run.metrics if "eval_scores" in row]
