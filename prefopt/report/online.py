@@ -68,13 +68,15 @@ def _kl_card(run: RunRecord) -> tuple[str, str, str, str]:
     value = held if train is None else train[1]
     assert value is not None
     text = f"The policy is {value:.2f} nats per response away from its reference"
-    if target:
+    if value < 0:
+        text = f"The estimate is {signed(value)} nats per response, which is noise around 0"
+    elif target:
         text += f", {abs(value / target - 1):.0%} {'above' if value > target else 'below'} its "
         text += f"target of {target:g}"
     text += "." if held is None or train is None else f"; on held-out prompts {held:.2f}."
     if len(beta := finite(run.train, "objective/kl_coef")) and np.ptp(beta):
         text += f" Beta went from {beta[0]:.3g} to {beta[-1]:.3g}."
-    return ("KL", "", f"{value:.2f} nats", text)
+    return ("KL", "", "about 0" if value < 0 else f"{value:.2f} nats", text)
 
 
 def _cost_card(run: RunRecord) -> tuple[str, str, str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prefopt.report.health import Note, lost_rows, non_finite, ranked, spikes, unfinished
 from prefopt.report.online import bounds, measured
 from prefopt.report.record import Row, RunRecord, number
@@ -52,16 +54,21 @@ def alarm_notes(run: RunRecord) -> list[Note]:
 
 
 def not_better(run: RunRecord) -> Note | None:
-    """What was held out says whether the run did what it was for."""
-    before, after = measured(run)
-    (_, old), (new, _) = bounds(before), bounds(after)
-    first, last = (number(row.get("scores")) for row in (before, after))
-    if old is None or new is None or first is None or last is None or new > old:
+    """What was held out says whether the run did what it was for. The errors of both means, a
+    quarter of their 95% intervals, add up squared: the answers before and after are different."""
+    means, errors = [], []
+    for row in measured(run):
+        mean, (low, high) = number(row.get("scores")), bounds(row)
+        if mean is None or low is None or high is None:
+            return None
+        means.append(mean)
+        errors.append((high - low) / 4)
+    (first, last), error = means, math.hypot(*errors)
+    if last - first > 2 * error:
         return None
+    text = f"It went from {signed(first)} to {signed(last)}, which is within their noise"
     if last < first:
         text = f"It fell from {signed(first)} to {signed(last)}"
-    else:
-        text = f"It went from {signed(first)} to {signed(last)}, and the 95% intervals overlap"
     return Note(
         "warn",
         "The held-out score did not clearly rise",

@@ -167,8 +167,8 @@ def percent(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """-0.2 -> "−0.200", with a true minus sign."""
-    return f"{value:.3f}".replace("-", "−")
+    """-0.2 -> "−0.200", with a true minus sign; what rounds to 0 has none."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 
 def _count(value: float) -> str:

@@ -108,7 +108,8 @@ def about(run: RunRecord) -> str:
     if not model and not data and run.kind != "online":
         return "What was trained, and on what, is not recorded."
     if run.kind == "online":
-        answers = f"answers of its own to {data or 'prompts'}{about_online(run)}"
+        answers = f"answers of its own to {f'the prompts of {data}' if data else 'prompts'}"
+        answers += about_online(run)
         return f"{model or 'A model'}, trained on {answers}{_adapter(run)}."
     loss, beta = run.setting("loss"), number(run.setting("beta"))
     how = {"sft": " by imitation", "reward": " as a reward model"}.get(run.kind, "")
