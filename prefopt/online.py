@@ -14,13 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from prefopt import moving
 from prefopt.collect import HELD_OUT, ROLLOUT, Collector
-from prefopt.data.prompts import columns_of
+from prefopt.data.prompts import Prompts, columns_of, load_prompts
 from prefopt.data.records import Message
 from prefopt.errors import InputError
 from prefopt.experience import Experience
@@ -58,7 +58,7 @@ _log = logging.getLogger("prefopt")
 
 def train_ppo(
     policy: Any,
-    prompts: Sequence[list[Message]],
+    prompts: Sequence[list[Message]] | Sequence[str],
     reward: Reward | str | Path | Mapping[str, Reward | str],
     config: PPOConfig,
     *,
@@ -69,6 +69,7 @@ def train_ppo(
 ) -> Run:
     """Train ``policy`` on its own answers to ``prompts`` and write the run folder ``config.out``.
 
+    ``prompts``: texts (user turns), message lists, or what load_prompts gives.
     ``reward``: a callable (prompts, responses) -> scores, the name of one (module:function, a
     reward model's folder, a URL), or several by name, weighed by ``reward_weights``.
     ``held_out_reward`` is only watched: a score that rises while it falls is being gamed. SIGTERM
@@ -85,9 +86,11 @@ def train_ppo(
     where = {"device": str(policy.device), "share": policy}
     rewards = load_rewards(reward, reward_weights, **where)
     watched = {} if held_out_reward is None else load_rewards(held_out_reward, **where)
+    if not isinstance(prompts, Prompts) and len(prompts) and isinstance(prompts[0], str):
+        prompts = load_prompts(list(prompts))
     for some in (rewards, watched):
         check_columns(some, getattr(prompts, "names", ()), tokens=True)
-    plan = plan_prompts(policy, prompts, config)
+    plan = plan_prompts(policy, cast("Sequence[list[Message]]", prompts), config)
     key = policy.reference_key()  # before anything trains
     critic = make_critic(policy, config, rewards) if config.has_critic else None
     learner = Learner(policy, critic, config)
