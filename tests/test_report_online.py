@@ -134,8 +134,8 @@ def test_tells_what_was_learned_how_far_it_went_and_what_it_cost(finished):
     text = Page(finished).text
     for expected in (
         "tiny-model, trained on answers of its own to the prompts of prompts.jsonl, judged by "
-        "kind-words, by the ppo loss with gae, KL in the reward (k1, beta 0.1, target 6 nats), LoRA "
-        "of rank 16.",
+        "kind-words, by the ppo loss with gae, KL in the reward (k1, beta 0.1, target 6 nats), "
+        "LoRA of rank 16.",
         "0.4 → 1.4",
         "The mean reward of answers to 20 held-out prompts is 1.400 (95% interval 1.200 to 1.600); "
         "before training it was 0.400 (0.200 to 0.600).",
