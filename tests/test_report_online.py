@@ -187,6 +187,14 @@ def test_the_alarms_stand_in_it_in_words(finished):
     assert "Nothing unusual" not in text
 
 
+def test_what_an_alarm_says_is_text(tmp_path, no_charts):
+    folder = online_run(tmp_path, updates=3)
+    message = "Give --kl.beta <script>alert(1)</script> & more."
+    write_lines(folder / "alarms.jsonl", [{"step": 1, "name": "ratio", "message": message}])
+    html = page_of(folder)
+    assert "<script" not in html and message in Page(html).text
+
+
 def test_the_same_prompts_early_midway_and_late(finished):
     text = Page(finished).text
     assert (
