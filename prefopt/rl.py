@@ -80,7 +80,7 @@ def shape_rewards(
     rewards = -beta * kl.masked_fill(~mask, 0.0)
     if token_scores is not None:
         rewards = rewards + token_scores.masked_fill(~mask, 0.0)
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return torch.where(last, rewards + scores.to(rewards.dtype)[:, None], rewards)
 
 
