@@ -108,9 +108,11 @@ def train_ppo(
         except Stopped:
             loop.save_stopped()
             return Run(run.dir, stopped=True)
-        except InputError:  # of a reward: what was learnt so far is not lost
+        except InputError as error:  # of a reward, mostly
             loop.save_stopped()
-            raise
+            raise InputError(
+                f"{error}; what was learnt so far is in {run.dir}: --resume auto goes on from it"
+            ) from error
         finally:
             with contextlib.suppress(InputError):
                 run.report()
@@ -220,7 +222,8 @@ class Loop:
         return Update(number, epoch, numbers, exp, row)
 
     def sample(self, numbers: Sequence[int], keys: Sequence[int], place: int, n: int) -> Any:
-        self.table.phase("generate", len(numbers) * n)
+        phase = "generate" if place == ROLLOUT else "evaluate"
+        self.table.phase(phase, len(numbers) * n)
 
         def on_sample(done: int) -> None:
             self.table.update(done)
@@ -303,7 +306,6 @@ class Loop:
             return
         stage = {0: "before", self.plan.updates: "after"}.get(self.update, "during")
         exp, texts = self.sample(numbers, numbers, HELD_OUT, 1)
-        self.table.phase("score", len(texts))
         prompts = [self.plan.prompts[i] for i in numbers]
         judged = self.collector.judge(exp, prompts, texts, self.columns(numbers, 1))
         self.collector.read(exp, [range(len(numbers))], only_reference=True)
