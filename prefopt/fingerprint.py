@@ -1,4 +1,4 @@
-"""A digest of the weights that a reference computes with: the same for the same function.
+"""Digests of weights. Of those that a reference computes with: the same for the same function.
 
 Tensors stand under the names of the plain model: which modules carry an adapter is no matter, nor
 are the tensors of an adapter that is off.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from prefopt.loading import WEIGHT_FILES
 from prefopt.nn.adapted import adapted_modules
 from prefopt.nn.heads import SCORE
 
@@ -45,3 +47,26 @@ def tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + rest.removeprefix("base."), tensor
         elif rest.split(".")[1] == adapter:
             yield name, tensor
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same model: the same folder, or files with the same bytes."""
+    if one.absolute().resolve() == other.absolute().resolve():
+        return True
+    files = [_weight_files(one), _weight_files(other)]
+    if not files[0] or [f.name for f in files[0]] != [f.name for f in files[1]]:
+        return False
+    pairs = list(zip(*files, strict=True))
+    if any(a.stat().st_size != b.stat().st_size for a, b in pairs):
+        return False
+    return all(_sha256(a) == _sha256(b) for a, b in pairs)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    found = {file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
+    return sorted({*found, *folder.glob("config.json")})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt import attention, fingerprint, loading, moving, saving, sharing
+from prefopt import attention, fingerprint, loading, moving, role_parameters, saving, sharing
 from prefopt.attention import NAME, Runs
 from prefopt.data.encode import encode_prompts
 from prefopt.data.packing import Batch, Layout
@@ -28,16 +28,16 @@ from prefopt.nn import lora as lora_module
 from prefopt.nn.heads import ScoreStats
 from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig, LoraLinear
-from prefopt.nn.nf4_linear import NF4Linear
 from prefopt.nn.peft_format import load_adapter
 from prefopt.nn.quantize import QuantReport
 from prefopt.nn.rmsnorm import use_lean_rmsnorm
 from prefopt.nn.swiglu import use_lean_swiglu
+from prefopt.role_parameters import VALUE
 from prefopt.rollout.stops import as_text, stop_ids
 from prefopt.rollout.torch_engine import TorchEngine
 from prefopt.rollout.types import Generation, SamplingParams
 
-ADAPTER, REFERENCE, VALUE = "default", "reference", "value"
+ADAPTER, REFERENCE = "default", "reference"
 
 
 class Policy(nn.Module):
@@ -361,29 +361,15 @@ class Policy(nn.Module):
     def trainable(self, role: str = "policy") -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of what an optimizer moves: the adapter, or every weight. The role
         "value" is the critic, the head and what it has to itself."""
-        return [(name, p) for name, p in self._of_role(role) if p.requires_grad]
+        named = role_parameters.named(self, role)
+        return [(name, p) for name, p in named if p.requires_grad]
 
     def resumable(self, role: str = "policy") -> list[tuple[str, nn.Parameter]]:
         """What a checkpoint holds: what trains, and where PiSSA started, which another machine's
         singular vectors would not give to the bit."""
         starts = (f".A0.{ADAPTER}", f".B0.{ADAPTER}", f".A0.{VALUE}", f".B0.{VALUE}")
-        named = self._of_role(role)
+        named = role_parameters.named(self, role)
         return [(name, p) for name, p in named if p.requires_grad or name.endswith(starts)]
-
-    def _of_role(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters but those of other roles."""
-        if role not in ("policy", VALUE):
-            raise InputError(f"the roles that train are 'policy' and {VALUE!r}, not {role!r}")
-        if role == VALUE and self.value_head is None:
-            raise InputError(f"{self.base} has no critic here; roles.add_critic gives it one")
-        apart = self.critic_kind == "adapter"
-        critics = set(map(id, lora_module.all_parameters(self.model, VALUE))) if apart else set()
-        for name, p in self.model.named_parameters():
-            of_critic = self.critic_kind == "model" or id(p) in critics
-            if of_critic == (role == VALUE):
-                yield name, p
-        if role == VALUE and self.value_head is not None:
-            yield from self.value_head.named_parameters("value_head")
 
     def parameter_groups(
         self, lr: float, lora_plus: float = 1.0, *, role: str = "policy"
@@ -392,18 +378,7 @@ class Policy(nn.Module):
 
         InputError where there is nothing to train: 4-bit weights without an adapter.
         """
-        if self.adapter is None and any(isinstance(m, NF4Linear) for m in self.model.modules()):
-            raise InputError("4-bit weights cannot be trained; train an adapter on them (--lora.r)")
-        trained = [p for _, p in self.trainable(role)]
-        if lora_plus == 1:
-            return [{"params": trained, "lr": lr}]
-        if self.adapter is None:
-            raise InputError("lora_plus is about the two factors of LoRA, and there is no adapter")
-        name = VALUE if role == VALUE and self.critic_kind == "adapter" else self.adapter
-        groups = lora_module.lora_plus_groups(self.model, name, lr, lora_plus)
-        if role == VALUE and self.value_head is not None:
-            groups[0]["params"].extend(self.value_head.parameters())
-        return groups
+        return role_parameters.groups(self, lr, lora_plus, role)
 
     def use_float32_masters(self) -> None:
         """For full fine-tuning in 16 bits: float32 weights, computed with under autocast.

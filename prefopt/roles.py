@@ -13,7 +13,6 @@ The policy's log-probs, gradients and reference are with these roles what they a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt import durable, loading
+from prefopt import durable, fingerprint, loading
 from prefopt.errors import InputError
 from prefopt.loading import Source
 from prefopt.nn import lora as lora_module
@@ -33,7 +32,8 @@ from prefopt.nn.linear import use_onednn
 from prefopt.nn.lora import LoraConfig
 from prefopt.nn.peft_format import PREFIX, TENSORS, load_adapter, save_adapter
 from prefopt.nn.targets import select
-from prefopt.policy import ADAPTER, VALUE, Policy
+from prefopt.policy import ADAPTER, Policy
+from prefopt.role_parameters import VALUE
 
 KINDS = ("trunk", "adapter", "model")
 HEAD, CRITIC = "value_head.safetensors", "critic.json"
@@ -173,7 +173,7 @@ def why_not_shared(policy: Policy, source: Source) -> str | None:
         return f"{policy.base} is a reward model itself"
     if policy.adapter is None:
         return "the policy trains all weights of its base, and the reward model's stay"
-    if not _same_weights(Path(source.base), Path(policy.base)):
+    if not fingerprint.same_files(Path(source.base), Path(policy.base)):
         return f"the reward model stands on {source.base} and the policy on {policy.base}"
     if source.kind != policy.kind:
         kinds = [kind or "as stored" for kind in (source.kind, policy.kind)]
@@ -289,26 +289,3 @@ def _load_role(policy: Policy, source: Source, name: str, *, trainable: bool) ->
     for _, module in lora_module.require(policy.model, name):
         module.configs[name] = replace(module.configs[name], dropout=0.0)
     return weight
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same model: the same folder, or the same files."""
-    if one.absolute().resolve() == other.absolute().resolve():
-        return True
-    listed = [_weight_files(one), _weight_files(other)]
-    if not listed[0] or [f.name for f in listed[0]] != [f.name for f in listed[1]]:
-        return False
-    pairs = list(zip(*listed, strict=True))
-    if any(a.stat().st_size != b.stat().st_size for a, b in pairs):
-        return False
-    return all(_digest(a) == _digest(b) for a, b in pairs)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    found = {f for pattern in loading.WEIGHT_FILES for f in folder.glob(pattern)}
-    return sorted({*found, *folder.glob("config.json")})
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -27,7 +27,8 @@ LAYERS = (
     ),
     (
         *("attention", "fingerprint", "loading", "sharing", "policy", "reference", "moving"),
-        *("rollout", "checkpoint", "saving", "roles", "online_config", "experience"),
+        *("rollout", "checkpoint", "saving", "roles", "role_parameters"),
+        *("online_config", "experience"),
     ),
     ("step",),
     ("objectives", "evaluate", "flops", "rewards", "reward_model", "http_reward", "scoring"),

@@ -10,7 +10,7 @@ import torch
 from prefopt import LoraConfig, Policy, pack
 from prefopt.data.encode import Encoded
 from prefopt.nn.heads import ScoreStats
-from prefopt.policy import VALUE
+from prefopt.role_parameters import VALUE
 from prefopt.roles import add_critic, add_reward_role
 from tests.test_reward_model import write_model
 
