@@ -100,7 +100,7 @@ def train_ppo(
     if resume_from is not None:
         restore(loop, resume_from)
         loop.saved = loop.place
-    run.start(plan.notes, config, {**(settings or {}), "algorithm": "ppo"})
+    run.start(plan.notes, config, settings or {})
     with OnlineTable(plan.updates, start=loop.update, quiet=quiet) as table, StopSignal() as stop:
         loop.table, loop.stop = table, stop
         try:

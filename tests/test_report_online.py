@@ -17,8 +17,7 @@ from prefopt.report.record import RunRecord, _flat, read_run
 from prefopt.report.view import about
 from tests.test_report import Page, page_of
 
-CONFIG = """algorithm: ppo
-estimator: gae
+CONFIG = """estimator: gae
 loss: ppo
 kl:
   kind: k1
@@ -282,14 +281,14 @@ def test_rows_of_nonsense_are_no_error(tmp_path):
     for name in ("metrics.jsonl", "alarms.jsonl", "samples.jsonl"):
         (folder / name).write_text(text + '{"cut')
     (folder / "evaluation.json").write_text('{"before": [], "after": {"scores": "x", "n": null}}')
-    (folder / "config.yaml").write_text("algorithm: ppo\nkl: 3\nestimator: [1]\nloss: 7\n")
+    (folder / "config.yaml").write_text("kl: 3\nestimator: [1]\nloss: 7\n")
     assert "damaged line" in Page(page_of(folder)).text
 
 
 def test_other_runs_are_not_taken_for_online(tmp_path):
     assert RunRecord("x").kind == "pairs"
     assert RunRecord("x", data={"objective": "sft"}).kind == "sft"
-    assert RunRecord("x", config={"algorithm": "ppo"}, data={"objective": "dpo"}).kind == "online"
+    assert RunRecord("x", config={"estimator": "gae"}, data={"objective": "dpo"}).kind == "online"
     assert charts.draw_charts is not online_charts.online_charts
 
 

@@ -53,9 +53,7 @@ class RunRecord:
     def kind(self) -> str:
         """ "online", "sft", "reward" (scores of a reward model) or "pairs" (rewards against a
         reference)."""
-        if self.config.get("algorithm") == "ppo" or any(
-            "objective/scores" in r for r in self.train
-        ):
+        if "estimator" in self.config or any("objective/scores" in r for r in self.train):
             return "online"
         objective = self.data.get("objective")
         return str(objective) if objective in ("sft", "reward") else "pairs"
