@@ -23,6 +23,7 @@ from torch import Tensor
 from prefopt.attention import REFUSED, Runs, run_attention
 
 NAME = "prefopt-slots"
+SHORT = 64  # tokens of prompts that are read together, as rows of a table
 PLACES = 32  # a slot grows, and is read, in multiples of so many tokens
 
 Prefix = list[Tensor]  # of one prompt, in the order of Slots.blocks: [layers, G, P, d]
@@ -110,8 +111,17 @@ class Step:
         self.runs = Runs(torch.tensor(rows, dtype=torch.int64).view(-1, 4), device)
         self.position = torch.from_numpy(position).to(device)
         self.reach = min(_round_up(int(position.max(initial=0)) + 1, PLACES), slots.places)
+        self.table = _table(self.bounds).to(device) if _are_short(self.bounds) else None
         self._places: dict[tuple[int, int], Tensor] = {}
         self._hidden: dict[tuple[int, int | None], Tensor] = {}
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Where the tokens of the prompts stand in the table, [T]."""
+        assert self.table is not None
+        width = self.table.shape[1]
+        rows = [i * width + j for i, (a, b) in enumerate(self.bounds) for j in range(b - a)]
+        return torch.tensor(rows, device=self.table.device)
 
     def places(self, heads: int, size: int = 1) -> Tensor:
         """Where what is new of each response and head goes in values seen as [S G M, e], or, with
@@ -170,10 +180,14 @@ def slot_attention(
     if tokens > live:
         q, k, v = (x[:, :, live:tokens] for x in (query, key, value))
         step.brought += [k[0].to(_score_dtype(k)), v[0]]
-        out[:, live:tokens], _ = run_attention(
-            module, q, k, v, None,
-            segments=step.runs, scaling=scale, sliding_window=sliding_window, softcap=softcap,
-        )  # fmt: skip
+        if step.table is not None:
+            with torch.autocast(device, enabled=False):
+                out[0, live:tokens] = _read_together(step, q[0], k[0], v[0], *how)
+        else:
+            out[:, live:tokens], _ = run_attention(
+                module, q, k, v, None,
+                segments=step.runs, scaling=scale, sliding_window=sliding_window, softcap=softcap,
+            )  # fmt: skip
     if written is not None:
         out[0, :live] = written
     return out, None
@@ -203,6 +217,48 @@ def _decode(
         scores = torch.bmm(q, turned).mul_(scale / softcap).tanh_().mul_(softcap).add_(hidden)
     weights = scores.softmax(-1).to(values.dtype)
     return torch.bmm(weights, values).view(live, heads, -1)
+
+
+def _are_short(bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether prompts go into one table: for few tokens that is quicker than one by one."""
+    return bool(bounds) and max(end - start for start, end in bounds) <= SHORT
+
+
+def _table(bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """[prompts, longest] numbers of their tokens; behind a prompt stands token 0, which no token of
+    the prompt looks at."""
+    width = _round_up(max(end - start for start, end in bounds), PLACES)
+    table = np.zeros((len(bounds), width), np.int64)
+    for row, (start, end) in enumerate(bounds):
+        table[row, : end - start] = np.arange(start, end)
+    return torch.from_numpy(table)
+
+
+def _read_together(
+    step: Step, query, key, value, scale: float, window: int | None, softcap
+) -> Tensor:
+    """Causal attention within each prompt, all at once: query [H, T, d], key [G, T, d], value
+    [G, T, e] -> [T, H, e]."""
+    assert step.table is not None
+    (count, width), groups, heads = step.table.shape, len(key), len(query)
+    flat = step.table.flatten()
+    q, k, v = (
+        x.index_select(1, flat).view(len(x), count, width, -1).transpose(0, 1)
+        for x in (query, key, value)
+    )
+    wide = _score_dtype(query)
+    q = q.reshape(count * groups, -1, q.shape[-1]).to(wide)  # [., r L, d]
+    k, v = (x.reshape(count * groups, width, -1) for x in (k, v))
+    scores = torch.bmm(q, k.to(wide).transpose(1, 2)).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    place = torch.arange(width, device=query.device)
+    distance = place[:, None] - place
+    blind = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    scores.view(count * groups, -1, width, width).masked_fill_(blind, -torch.inf)
+    mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    mixed = mixed.view(count, heads, width, -1).transpose(1, 2).reshape(count * width, heads, -1)
+    return mixed.index_select(0, step.rows)
 
 
 def _score_dtype(x: Tensor) -> torch.dtype:
