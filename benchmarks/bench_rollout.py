@@ -5,7 +5,7 @@
 Cases: stories260K, 64 responses of 96 tokens, all equally long; the same with 256 responses that
 end at a stop token; a Llama of the shape of SmolLM2-135M with random weights, whose stop tokens
 give geometric lengths. Sides: `TorchEngine`; `generate` of transformers in batches of as many rows
-as the engine has slots, which wait for their longest; continuous batching of transformers. They take
+as the engine has slots, which wait for the longest; its continuous batching. They take
 turns in one process; tokens behind a stop token do not count. Before anything is timed, the greedy
 tokens of all sides are compared.
 """
