@@ -52,7 +52,7 @@ class Case:
 CASES = {
     "stories260K, equal lengths": Case("stories", 64, 64, 96),
     "stories260K, mixed lengths": Case("stories", 256, 64, 96, 24),
-    "135M, mixed lengths": Case("135M", 64, 32, 128, 32, continuous=False),
+    "135M, mixed lengths": Case("135M", 48, 16, 96, 24, continuous=False),
 }
 
 
