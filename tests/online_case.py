@@ -74,13 +74,11 @@ def config_of(out: Path, **settings: Any) -> PPOConfig:
     return PPOConfig(out=str(out), **{**SETTINGS, **settings})
 
 
-def train(
-    base: Path, out: Path, reward: Any = even_words, *, policy: Policy | None = None, **given: Any
-) -> Any:
+def train(base: Path, out: Path, reward: Any = even_words, **given: Any) -> Any:
     """A run from the start, or one that goes on (resume="auto"); the Run."""
     extra = {k: given.pop(k) for k in ("reward_weights", "held_out_reward") if k in given}
     lora, prompts = given.pop("lora", LORA), given.pop("prompts", PROMPTS)
-    policy = policy or policy_of(base, lora, **given.pop("load", {}))
+    policy = policy_of(base, lora, **given.pop("load", {}))
     return train_ppo(policy, prompts, reward, config_of(out, **given), quiet=True, **extra)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,7 +265,7 @@ def test_several_rewards_are_added_by_weight(base, tmp_path):
 
 
 def test_a_held_out_reward_is_only_watched(base, tmp_path):
-    settings = {"eval_fraction": 0.3}
+    settings: dict[str, Any] = {"eval_fraction": 0.3}
     plain = one_update(base, tmp_path / "a", **settings)
     held = lambda prompts, responses: [-len(r) for r in responses]  # noqa: E731
     watched = one_update(base, tmp_path / "b", **settings, held_out_reward=held)
@@ -424,6 +425,21 @@ def test_beta_follows_the_kl(base, tmp_path):
     assert rows[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 - 0.2 * 0.3))
 
 
+def test_beta_in_the_loss_is_the_one_that_is_steered(base, tmp_path, monkeypatch):
+    seen, step = [], Learner.step
+
+    def noted(learner, *args, **how):
+        seen.append(learner.objective.beta)
+        return step(learner, *args, **how)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    kl = KLConfig("k2", "loss", beta=0.3, target=2.0, horizon=10)
+    train(base, tmp_path / "run", kl=kl, max_steps=3, ppo_epochs=1)
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert seen == pytest.approx([row["objective/kl_coef"] for row in rows], rel=1e-7)
+    assert seen[0] == 0.3 > seen[1] > seen[2]
+
+
 def test_the_learning_rate_of_an_update(base, tmp_path):
     settings = {"max_steps": 3, "lr": 1e-2, "warmup": 1, "schedule": "linear"}
     train(base, tmp_path / "run", **settings)
@@ -467,7 +483,8 @@ def test_online_dpo_at_another_temperature_knows_no_kl(base, tmp_path):
     """Its reference is at temperature 1 and its samples are not."""
     settings = {"loss": "dpo", "kl": KLConfig(beta=0.2)}
     assert "objective/kl" in one_update(base, tmp_path / "a", **settings).row
-    for name, more in (("b", {"temperature": 0.7}), ("c", {"min_new_tokens": 3})):
+    others: Any = {"b": {"temperature": 0.7}, "c": {"min_new_tokens": 3}}
+    for name, more in others.items():
         assert "objective/kl" not in one_update(base, tmp_path / name, **settings, **more).row
 
 

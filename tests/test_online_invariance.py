@@ -220,6 +220,7 @@ def trunks(base, plain):
     for dtype, attention in kinds:
         policy = policy_of(base, None, dtype=dtype, attention=attention)
         add_critic(policy, kind="trunk")
+        assert policy.value_head is not None
         policy.value_head.load_state_dict(plain.head.state_dict())
         found[dtype, attention] = policy
     return found
@@ -243,6 +244,7 @@ def furthest(ours, theirs, *names) -> float:
 
 def objective_of(loss, mode, setup):
     name, options = OPTIONS.get(loss, (loss, {}))
+    options: Any = options
     return PPO(
         name, temperature=setup["temperature"], closed=setup["closed"], aggregation=mode, denom=8.0,
         kl_loss_kind=setup["kl"], beta=0.3, entropy_coef=0.2 if setup["entropy"] else 0.0,

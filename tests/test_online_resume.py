@@ -166,8 +166,7 @@ def broken(at, how):
     return reward
 
 
-@pytest.mark.parametrize("how", ["raises", "nan"])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(("at", "how"), [(1, "raises"), (2, "nan"), (3, "raises")])
 def test_a_reward_that_fails_loses_nothing(base, tmp_path, how, at):
     settings = {"eval_fraction": 0.3, "eval_every": 1, "save_every": 0, **STEPS}
     word = "failed for the response" if how == "raises" else "gave nan (float), no finite number"
