@@ -82,24 +82,16 @@ def train_ppo(
         _log.info("%s is finished", run.dir)
         return Run(run.dir)
     resume_from = find_checkpoint(config)
-    _prepare(policy, config)
-    where = {"device": str(policy.device), "share": policy}
-    rewards = load_rewards(reward, reward_weights, **where)
-    watched = {} if held_out_reward is None else load_rewards(held_out_reward, **where)
-    if not isinstance(prompts, Prompts) and len(prompts) and isinstance(prompts[0], str):
-        prompts = load_prompts(list(prompts))
-    for some in (rewards, watched):
-        check_columns(some, getattr(prompts, "names", ()), tokens=True)
-    plan = plan_prompts(policy, cast("Sequence[list[Message]]", prompts), config)
-    key = policy.reference_key()  # before anything trains
-    critic = make_critic(policy, config, rewards) if config.has_critic else None
-    learner = Learner(policy, critic, config)
-    engine = make_engine(policy, config)
-    collector = Collector(policy, critic, engine, rewards, reward_weights, watched, config)
-    loop = Loop(plan, collector, learner, config, key, run)
-    if resume_from is not None:
-        restore(loop, resume_from)
-        loop.saved = loop.place
+    try:
+        with StopSignal(at_once=True):  # nothing is written yet
+            rewards = reward, reward_weights, held_out_reward
+            loop = _make_loop(policy, prompts, rewards, config, run)
+            if resume_from is not None:
+                restore(loop, resume_from)
+                loop.saved = loop.place
+    except Stopped:
+        return Run(run.dir, stopped=True)
+    plan = loop.plan
     run.start(plan.notes, config, settings or {})
     with OnlineTable(plan.updates, start=loop.update, quiet=quiet) as table, StopSignal() as stop:
         loop.table, loop.stop = table, stop
@@ -117,6 +109,32 @@ def train_ppo(
             with contextlib.suppress(InputError):
                 run.report()
     return Run(run.dir)
+
+
+def _make_loop(
+    policy: Any,
+    prompts: Sequence[list[Message]] | Sequence[str],
+    asked: tuple[Any, Mapping[str, float] | None, Any],
+    config: PPOConfig,
+    run: RunDir,
+) -> Loop:
+    """All that a run is made of; ``asked``: reward, weights and held-out reward of train_ppo."""
+    _prepare(policy, config)
+    reward, weights, held_out = asked
+    where = {"device": str(policy.device), "share": policy}
+    rewards = load_rewards(reward, weights, **where)
+    watched = {} if held_out is None else load_rewards(held_out, **where)
+    if not isinstance(prompts, Prompts) and len(prompts) and isinstance(prompts[0], str):
+        prompts = load_prompts(list(prompts))
+    for some in (rewards, watched):
+        check_columns(some, getattr(prompts, "names", ()), tokens=True)
+    plan = plan_prompts(policy, cast("Sequence[list[Message]]", prompts), config)
+    key = policy.reference_key()  # before anything trains
+    critic = make_critic(policy, config, rewards) if config.has_critic else None
+    learner = Learner(policy, critic, config)
+    engine = make_engine(policy, config)
+    collector = Collector(policy, critic, engine, rewards, weights, watched, config)
+    return Loop(plan, collector, learner, config, key, run)
 
 
 def _prepare(policy: Any, config: PPOConfig) -> None:

@@ -10,15 +10,19 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
-from prefopt import InputError, KLConfig, LoraConfig
+from prefopt import InputError, KLConfig, LoraConfig, online
 from prefopt.learner import Learner
 from prefopt.rundir import RunDir
 from tests.online_case import (
+    LORA,
     PROMPTS,
     differences,
     even_words,
     left_behind,
+    one_update,
+    policy_of,
     rows_of,
     train,
     write_case,
@@ -117,6 +121,30 @@ def test_a_stop_during_generation_resumes(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Drafts, "take", taken)
     assert not train(base, tmp_path / "parts", max_steps=1, resume="auto").stopped
     assert differences(left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts")) == []
+
+
+def test_a_stop_before_the_first_update_leaves_nothing(base, tmp_path, monkeypatch):
+    planned = online.plan_prompts
+    monkeypatch.setattr(online, "plan_prompts", lambda *args: (terminate(), planned(*args))[1])
+    assert train(base, tmp_path / "run").stopped and not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_is_trained_further(base, tmp_path, monkeypatch):
+    """Its reference is what it was at the start, not the base; so it is when the run goes on."""
+    policy = policy_of(base)
+    with torch.no_grad():
+        for _, p in policy.trainable():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    policy.save_pretrained(tmp_path / "adapter")
+    settings = {"lora": None, "kl": KLConfig(beta=0.5), "minibatches": 2}
+    done = one_update(tmp_path / "adapter", tmp_path / "one", **settings)
+    assert abs(done.row["objective/kl"]) < 1e-5
+    at_base = one_update(base, tmp_path / "two", **{**settings, "lora": LORA})
+    assert not torch.equal(done.exp.columns["ref"], at_base.exp.columns["ref"])
+    train(tmp_path / "adapter", tmp_path / "whole", **settings)
+    Interrupted(monkeypatch).run(tmp_path / "adapter", tmp_path / "parts", **settings)
+    whole, parts = left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts")
+    assert differences(whole, parts) == [] and whole["metrics"][1]["objective/kl_k3"] > 1e-4
 
 
 def test_a_critic_of_its_own_resumes(base, tmp_path, monkeypatch):
