@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from prefopt import InputError, KLConfig, LoraConfig, load_prompts, pack
 from prefopt.collect import Collector
@@ -17,6 +18,7 @@ from prefopt.data.encoded import Encoded
 from prefopt.learner import Learner
 from prefopt.rundir import RunDir
 from tests.online_case import (
+    LORA,
     PROMPTS,
     even_words,
     one_update,
@@ -190,6 +192,14 @@ def test_groups_with_the_kl_in_the_reward(base, tmp_path):
     assert (exp.columns["advantages"] - want.flatten()[:, None] * exp.mask).abs().max() < 1e-5
 
 
+def test_a_kl_in_the_loss_is_not_in_the_reward(base, tmp_path):
+    settings = {**LIVELY, "kl": KLConfig("k3", "loss", beta=5.0), **TRUE_RATIO}
+    exp = one_update(base, tmp_path / "run", **settings).exp
+    assert ((exp.columns["old"] - exp.columns["ref"]) * exp.mask).abs().max() > 1e-2
+    want = rows_as_tensor(by_hand(exp, 0.0), exp.mask)
+    assert (exp.columns["advantages"] - want).abs().max() < 1e-5
+
+
 def test_whitened_rewards_keep_their_mean(base, tmp_path):
     plain = one_update(base, tmp_path / "a", whiten_advantages=False, lam=1.0).exp
     white = one_update(base, tmp_path / "b", whiten_advantages=False, lam=1.0, whiten_rewards=True)
@@ -199,6 +209,21 @@ def test_whitened_rewards_keep_their_mean(base, tmp_path):
     scaled = (rewards - inside.mean()) / (inside.var(correction=0) + 1e-8).sqrt() + inside.mean()
     to_go = (scaled * plain.mask).flip(1).cumsum(1).flip(1) * plain.mask
     assert (white.exp.columns["returns"] - to_go).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "all weights"])
+def test_the_reference_stays_where_the_run_began(base, tmp_path, lora):
+    settings = {"lora": lora, "lr": 1e-2 if lora else 1e-3, "at": 2, **TRUE_RATIO}
+    exp = one_update(base, tmp_path / "run", **settings).exp
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for i, group in enumerate(exp.groups):
+        (response,), start = group.responses, len(group.prompt) - 1
+        ids = torch.tensor([[*group.prompt.tolist(), *response.tolist()]])
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, start:-1]
+        want = logits.log_softmax(-1)[torch.arange(len(response)), ids[0, start + 1 :]]
+        assert (exp.columns["ref"][i, : len(response)] - want).abs().max() < 1e-5
+        assert (exp.columns["old"][i, : len(response)] - want).abs().max() > 1e-3
 
 
 # -- scores
