@@ -123,7 +123,7 @@ def _make_loop(
     reward, weights, held_out = asked
     where = {"device": str(policy.device), "share": policy}
     rewards = load_rewards(reward, weights, **where)
-    watched = {} if held_out is None else load_rewards(held_out, **where)
+    watched = {} if held_out is None else load_rewards({"held_out_reward": held_out}, **where)
     if not isinstance(prompts, Prompts) and len(prompts) and isinstance(prompts[0], str):
         prompts = load_prompts(list(prompts))
     for some in (rewards, watched):

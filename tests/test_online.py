@@ -299,6 +299,8 @@ def test_a_held_out_reward_is_only_watched(base, tmp_path):
     assert watched.row["objective/held_out_scores"] == -np.mean([len(t) for t in texts])
     rows = rows_of(tmp_path / "b" / "metrics.jsonl")
     assert all("eval_held_out_scores" in row for row in rows if "eval_scores" in row)
+    with pytest.raises(InputError, match="reward 'held_out_reward' returned 0 scores"):
+        train(base, tmp_path / "c", **settings, held_out_reward=lambda prompts, responses: [])
 
 
 def test_numbers_for_tokens_and_columns_of_the_prompts(base, tmp_path):
