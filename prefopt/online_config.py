@@ -56,7 +56,8 @@ class PPOConfig:
     Attributes:
         out: folder of the run; made if missing, refused if it holds another run.
         estimator: of the advantages; gae learns a critic, the others compare samples.
-        loss: of the policy; dpo pairs the best and the worst sample of each prompt.
+        loss: of the policy; dpo pairs the best and the worst sample of each prompt, by the score
+            that is learnt from.
         loss_options: options of the loss, spelled --loss.clip 0.2 as flags.
         aggregation: how tokens are averaged; null is what the loss or estimator was published
             with, token-mean for most.
@@ -98,7 +99,7 @@ class PPOConfig:
             or the folder of a model; null is adapter where an adapter trains, else trunk.
         critic_start: zero, or reward for the weights of the reward model.
         critic_lr: null is twice the policy's.
-        critic_warmup: updates in which only the critic learns.
+        critic_warmup: updates in which only the critic learns, of a trunk its head.
         value_coef: weight of the value loss where the critic is a trunk.
         value_clip: how far values may move from those before the update; null for no clipping.
         lr: peak learning rate; null is 1e-4 for an adapter and 3e-6 for all weights.
