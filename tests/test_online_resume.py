@@ -136,7 +136,7 @@ def test_an_adapter_that_is_trained_further(base, tmp_path, monkeypatch):
         for _, p in policy.trainable():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     policy.save_pretrained(tmp_path / "adapter")
-    settings = {"lora": None, "kl": KLConfig(beta=0.5), "minibatches": 2}
+    settings = {"lora": None, "kl": KLConfig(beta=0.5), "minibatches": 2, "ppo_epochs": 1}
     done = one_update(tmp_path / "adapter", tmp_path / "one", **settings)
     assert abs(done.row["objective/kl"]) < 1e-5
     at_base = one_update(base, tmp_path / "two", **{**settings, "lora": LORA})
@@ -309,17 +309,18 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), reward, max_steps=3, save_every=2, r
 
 
 def test_killed_between_checkpoints(base, tmp_path):
-    """In its third update, after a checkpoint of the second; and before any."""
-    out = tmp_path / "parts"
-    for call, rows in ((2, [1]), (3, [1, 2])):
-        command = [sys.executable, "-c", KILLED, str(base), str(out), str(call)]
-        paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-        done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, timeout=90)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == rows
+    """In its third update, after a checkpoint of the second; it began anew in a folder that had
+    rows and no checkpoint, as of a run that was killed before its first."""
+    out, settings = tmp_path / "parts", {"max_steps": 3, "save_every": 2}
+    train(base, out, **{**settings, "save_every": 0})
+    shutil.rmtree(out / "model")
+    command = [sys.executable, "-c", KILLED, str(base), str(out), "3"]
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, timeout=90)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == [1, 2]
     with (out / "metrics.jsonl").open("a") as file:  # what was being written when it was killed
         file.write('{"step": 3, "los')
-    settings = {"max_steps": 3, "save_every": 2}
     train(base, out, resume="auto", **settings)
     train(base, tmp_path / "whole", **settings)
     assert differences(left_behind(tmp_path / "whole"), left_behind(out)) == []
