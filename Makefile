@@ -1,5 +1,6 @@
 # demo: what the library does, on this machine     test: the whole suite
 # check: lint, format, types, kernels compiled     bench: the CPU figures of the README
+# long: tests that take minutes, such as every estimator on three worlds whose optimum is known
 # The environment is .venv; it is updated when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -12,8 +13,10 @@ PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 # The real preference pairs that benchmarks run on.
 HH ?= ../shared/data/hh_harmless.jsonl.gz
+# A small causal model that online RL is measured on.
+STORIES ?= ../shared/models/stories260K
 
-.PHONY: demo test check bench
+.PHONY: demo test long check bench
 .NOTPARALLEL:
 
 demo: $(VENV)/.base
@@ -21,6 +24,9 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest --quiet $(PYTEST_ARGS)
+
+long: $(VENV)/.test
+	@$(BIN)/python -m pytest --quiet -m long --numprocesses=logical --maxprocesses=4
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check
@@ -36,6 +42,9 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/bench_nf4.py
 	@$(BIN)/python benchmarks/bench_lora.py $(HH)
 	@$(BIN)/python benchmarks/bench_qlora.py $(HH)
+	@$(BIN)/python benchmarks/bench_rollout.py $(STORIES)
+	@$(BIN)/python benchmarks/bench_ppo.py $(STORIES)
+	@$(BIN)/python benchmarks/bench_frontier.py
 
 # Without an NVIDIA driver torch goes in first, as exactly the pinned version, from whichever of pip's
 # sources has a build for the CPU; left to the resolver it would bring gigabytes of CUDA libraries.

@@ -79,7 +79,7 @@ class Demo:
         config = PPOConfig(
             str(self.folder / "ppo"), max_steps=steps, save_every=0, max_length=256,
             max_new_tokens=48, batch_size=32, lr=2e-3, kl=KLConfig(beta=0.05), epochs=2,
-            eval_prompts=32, missing_stop_penalty=1.0,
+            eval_prompts=32, missing_stop_penalty=1.0, samples=0,
         )  # fmt: skip
         recorded = {"model": "embedded after SFT", "data": "embedded", "reward": str(reward)}
         return self.result(train_ppo(policy, prompts, reward, config, settings=recorded))

@@ -94,10 +94,8 @@ def repetition(rows: Iterable[Sequence[int] | np.ndarray], n: int = 4) -> float:
     """
     total = distinct = 0
     for row in rows:
-        tokens = np.asarray(row)
-        if len(tokens) < n:
-            continue
-        grams = np.lib.stride_tricks.sliding_window_view(tokens, n)
+        tokens = np.asarray(row).tolist()
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
         total += len(grams)
-        distinct += len(np.unique(grams, axis=0))
+        distinct += len(set(grams))
     return 1 - distinct / total if total else 0.0

@@ -150,13 +150,16 @@ class Outcome(NamedTuple):
 
 
 def learn(
-    folder: Path, seed: int, estimator: str, *, beta: float = 0.1, **settings: Any
+    folder: Path, seed: int, estimator: str, *, beta: float = 0.3, **settings: Any
 ) -> Outcome:
     """Train on the world of ``seed`` with `train_ppo`, in ``folder``, and measure exactly.
 
     ``settings`` of PPOConfig go before those here: few updates of many samples, each learnt from
-    four times over. Advantages are not whitened: near the optimum they vanish, and scaled to
-    deviation 1 would be noise. No charts are drawn, which would take as long as the run.
+    four times over. The critic's advantages are not whitened: near the optimum they vanish, and
+    scaled to deviation 1 would be noise. REINFORCE++ scales them so, and has no baseline but the
+    mean of the batch: it gets twice the updates of twice the samples, each learnt from once. With
+    beta 0.3 exact gradients come within 0.02% on this network; with 0.1, within 2% only. No
+    charts are drawn, which would take as long as the run.
     """
     from prefopt import Policy
     from prefopt.online import train_ppo
@@ -164,13 +167,15 @@ def learn(
     from prefopt.rundir import RunDir
 
     config: dict[str, Any] = {
-        "temperature": 0.7, "kl": KLConfig(beta=beta), "lr": 5e-3, "max_steps": 60,
-        "batch_size": 16, "samples_per_prompt": 64, "ppo_epochs": 4, "minibatches": 2,
+        "temperature": 0.7, "kl": KLConfig(beta=beta), "lr": 4e-3, "max_steps": 60,
+        "batch_size": 16, "samples_per_prompt": 64, "ppo_epochs": 4, "minibatches": 4,
         "micro_tokens": 100_000, "slots": 1024, "max_new_tokens": LONGEST, "max_length": 8,
         "eval_fraction": 0.0, "samples": 0, "save_every": 0, "template": "plain", "seed": seed,
     }  # fmt: skip
     if estimator == "gae":
         config |= {"whiten_advantages": False, "value_coef": 0.5}
+    if estimator == "reinforce++":
+        config |= {"samples_per_prompt": 128, "slots": 2048, "max_steps": 120, "ppo_epochs": 1}
     config |= settings
     model = make_world(folder / "model", seed)
     policy = Policy.from_pretrained(model, dtype="float32", attention="padded")

@@ -224,19 +224,21 @@ def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prefopt.demo, "load_preferences", lambda path: every(every(path)[:40]))
     assert main(["demo", "--out", str(tmp_path / "demo"), "--max_steps", "2"]) == 0
     text, progress = capsys.readouterr()
-    stages = ("1. data check", "2. SFT", "3. reward model", "4. DPO", "5. rewards of the answers")
+    stages = ("1. data check", "2. SFT", "3. reward model", "4. DPO", "5. PPO")
+    stages += ("6. rewards of the answers",)
     for part in (*stages, "start: ", "perplexity", "is off by", "report: "):
         assert part in text, part
     assert "train 2/2" in progress and "it/s" not in progress
-    last = tmp_path / "demo" / "dpo"
+    last = tmp_path / "demo" / "ppo"
     assert text.rstrip().endswith(str(last / "report.html"))
     told = [json.loads(line) for line in (last / "stages.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in told] == [stage[3:] for stage in stages]
     assert all(row["seconds"] >= 0 for row in told)
     assert "The way here" in (last / "report.html").read_text()
     given = [json.loads(line) for line in (last / "samples.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in given][:: len(given) // 3] == ["before", "SFT", "after"]
-    for name in ("sft", "reward", "dpo"):
+    stages = [row["stage"] for row in given][:: len(given) // 4]
+    assert stages == ["before", "SFT", "DPO", "after"]
+    for name in ("sft", "reward", "dpo", "ppo"):
         assert (tmp_path / "demo" / name / "model").is_dir()
     assert (tmp_path / "demo" / "reward" / "model" / "score_stats.json").is_file()
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
