@@ -8,6 +8,7 @@ a row; beta follows the KL so that it stays near its target. OUT (default runs/p
 report.html, with the same beginnings continued before, on the way and after.
 """
 
+import itertools
 import re
 import sys
 
@@ -36,7 +37,7 @@ def happiness(prompts, responses):
     scores = []
     for text in responses:
         words = re.findall(r"[a-z']+", text.lower())
-        again = sum(a == b for a, b in zip(words, words[1:], strict=False))
+        again = sum(a == b for a, b in itertools.pairwise(words))
         scores.append(min(4, len(HAPPY & set(words))) - again)
     return scores
 
