@@ -1,5 +1,5 @@
-"""The test of the test: with faults put in on purpose, of a kind that no error message and no single
-function shows, a run does not come within half a percent of the optimum of its world."""
+"""The test of the test: with faults put in on purpose, of a kind that no error message and no
+single function shows, a run does not come within half a percent of the optimum of its world."""
 
 from pathlib import Path
 
