@@ -45,6 +45,7 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/bench_rollout.py $(STORIES)
 	@$(BIN)/python benchmarks/bench_ppo.py $(STORIES)
 	@$(BIN)/python benchmarks/bench_frontier.py
+	@$(BIN)/python benchmarks/bench_roles.py $(STORIES)
 
 # Without an NVIDIA driver torch goes in first, as exactly the pinned version, from whichever of pip's
 # sources has a build for the CPU; left to the resolver it would bring gigabytes of CUDA libraries.

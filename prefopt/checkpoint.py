@@ -15,7 +15,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     groups = [Path(name) for name in _manifest(path) if name.endswith(".safetensors")]
     tensors = {name.stem: load_tensors(path / name) for name in groups}
     return tensors, json.loads((path / "state.json").read_bytes())
+
+
+def check_shapes(
+    path: Path, saved: Mapping[str, Tensor], ours: Iterable[tuple[str, Tensor]]
+) -> None:
+    """InputError unless a checkpoint holds tensors of these names and shapes."""
+    theirs = {name: tuple(value.shape) for name, value in saved.items()}
+    wanted = {name: tuple(p.shape) for name, p in ours}
+    if theirs != wanted:
+        name = min(n for n in theirs | wanted if theirs.get(n) != wanted.get(n))
+        raise InputError(
+            f"{path} has {name} in shape {theirs.get(name)} and this run in {wanted.get(name)}; "
+            "resume with the LoRA settings of the checkpoint"
+        )
 
 
 def latest_checkpoint(root: Path) -> Path | None:

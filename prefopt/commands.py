@@ -174,7 +174,7 @@ def env() -> int:
 
 
 def demo(out: str | None = None, max_steps: int | None = None) -> int:
-    """Go the whole way with the tiny model in the package: data check, SFT, reward model, DPO.
+    """Go the whole way with the tiny model in the package: data, SFT, reward model, DPO, PPO.
 
     Args:
         out: folder of its runs; null is a new folder under runs/.

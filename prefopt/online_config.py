@@ -88,7 +88,7 @@ class PPOConfig:
         normalize_scores: scores of whole responses: none, running (by the mean and deviation of
             all so far) or reference (of the reward model's reference scores).
         clip_scores: then they are clipped to this distance from 0.
-        whiten_rewards: divide the rewards of tokens by their deviation.
+        whiten_rewards: give the rewards of tokens deviation 1 about their mean.
         whiten_advantages: advantages of gae with mean 0 and deviation 1.
         gamma: discount per token.
         lam: lambda of gae.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def plan_prompts(policy: Any, prompts: Sequence[list[Message]], config: PPOConfi
         )
     train, held_out = split_pairs([Pair(prompts[i], [], []) for i in fitting], config.eval_fraction)
     train, held_out = ([fitting[i] for i in part] for part in (train, held_out))
-    updates = sum(1 for _ in update_groups(train, config))
+    updates = sum(1 for _ in islice(update_groups(train, config), config.max_steps))
     report = getattr(prompts, "report", None)
     notes = {
         **(report.to_dict() if report else {"source": "prompts", "rows": len(ids)}),
@@ -58,9 +59,7 @@ def plan_prompts(policy: Any, prompts: Sequence[list[Message]], config: PPOConfi
             "prompts without room": len(ids) - len(fitting),
         },
     }
-    return PromptPlan(
-        prompts, ids, train, held_out, min(updates, config.max_steps or updates), notes
-    )
+    return PromptPlan(prompts, ids, train, held_out, updates, notes)
 
 
 def update_groups(train: list[int], config: PPOConfig) -> Iterator[tuple[float, list[int]]]:

@@ -123,14 +123,7 @@ def restore(loop: Any, path: Path) -> None:
 
 def _copy(path: Path, saved: dict[str, Tensor], parameters: Any) -> None:
     ours = dict(parameters)
-    shapes = {name: tuple(value.shape) for name, value in saved.items()}
-    wanted = {name: tuple(p.shape) for name, p in ours.items()}
-    if shapes != wanted:
-        name = min(n for n in shapes | wanted if shapes.get(n) != wanted.get(n))
-        raise InputError(
-            f"{path} has {name} in shape {shapes.get(name)} and this run in {wanted.get(name)}; "
-            "resume with the LoRA settings of the checkpoint"
-        )
+    checkpoint.check_shapes(path, saved, ours.items())
     for name, p in ours.items():
         p.copy_(saved[name])
 

@@ -27,6 +27,7 @@ from prefopt.metrics import Progress
 from prefopt.online_config import PPOConfig
 from prefopt.policy import Policy
 from prefopt.reference import ReferenceCache
+from prefopt.sampling import prompt_ids
 from prefopt.stop import StopSignal
 
 
@@ -77,7 +78,8 @@ def make_plan(
     prompts = []
     if objective.samples:
         asked = (data[i].prompt for i in held_rows)
-        prompts = _distinct((p for p in asked if p and p[0].role != "text"), config.samples)
+        asked = (p for p in asked if p and p[0].role != "text" and _has_room(p, policy, config))
+        prompts = _distinct(asked, config.samples)
     report = getattr(data, "report", None)
     notes = {
         **(report.to_dict() if report else {"source": unit, "rows": len(data)}),
@@ -92,6 +94,13 @@ def make_plan(
         },
     }
     return Plan(encoded, train, [int(at[i]) for i in held_rows], steps, prompts, notes)
+
+
+def _has_room(prompt: list[Message], policy: Policy, config: TrainConfig) -> bool:
+    """Whether an answer of sample_tokens to it fits the model's context."""
+    (ids,) = prompt_ids([prompt], policy.tokenizer, config.template)
+    room = context_length(policy.model) - config.sample_tokens
+    return ids is not None and len(ids) <= room
 
 
 def _distinct(prompts: Iterable[list[Message]], most: int) -> list[list[Message]]:
@@ -192,12 +201,5 @@ def read_checkpoint(
             f"{path} was trained from other base weights, or in another dtype; resume with the "
             "model and dtype of the checkpoint"
         )
-    saved = {name: tuple(value.shape) for name, value in groups["weights"].items()}
-    ours = {name: tuple(p.shape) for name, p in policy.resumable()}
-    if saved != ours:
-        name = min(name for name in saved | ours if saved.get(name) != ours.get(name))
-        raise InputError(
-            f"{path} has {name} in shape {saved.get(name)} and this run in {ours.get(name)}; "
-            "resume with the LoRA settings of the checkpoint"
-        )
+    checkpoint.check_shapes(path, groups["weights"], policy.resumable())
     return groups, state

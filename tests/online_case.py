@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from prefopt import LoraConfig, Message, Policy, PPOConfig, train_ppo
 from prefopt.durable import load_tensors
 from prefopt.experience import Experience
-from prefopt.online import Loop
+from prefopt.online_loop import Loop
 from prefopt.rundir import RunDir
 
 WORDS = 32

@@ -35,7 +35,7 @@ LAYERS = (
     (
         *("train", "prepare", "rundir", "report", "export", "plan", "terminal"),
         *("rounds", "round_files", "round_pairs", "sampling", "pair_making"),
-        *("online", "online_plan", "online_state", "collect", "learner"),
+        *("online", "online_loop", "online_plan", "online_state", "collect", "learner"),
     ),
     ("demo",),
     (

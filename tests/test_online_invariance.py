@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from prefopt import KLConfig, collect, online
+from prefopt import KLConfig, collect, online_loop
 from prefopt.data.encoded import Encoded
 from prefopt.experience import Experience
 from prefopt.objectives.ppo import PPO, ValueLoss
@@ -435,9 +435,9 @@ def test_order_of_the_prompts(kind, base, tmp_path, monkeypatch):
     if "minibatches" in settings:
         settings = {**settings, "minibatches": 1}
         done = one_update(base, tmp_path / "forward", **settings)
-    straight = online.update_groups
+    straight = online_loop.update_groups
     turned = lambda *args: ((at, numbers[::-1]) for at, numbers in straight(*args))  # noqa: E731
-    monkeypatch.setattr(online, "update_groups", turned)
+    monkeypatch.setattr(online_loop, "update_groups", turned)
     other = one_update(base, tmp_path / "run", **settings)
     assert other.numbers == done.numbers[::-1]
     columns, weights = nearly(done, other, range(len(done.numbers))[::-1])

@@ -182,6 +182,13 @@ def test_samples_before_and_after(finished):
     assert all(row["finish"] in ("stop", "length") for row in rows)
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_not_sampled(tiny_model, pairs):
+    policy = Policy.from_pretrained(tiny_model)
+    for tokens, some in ((8, True), (1_000_000, False)):
+        config = TrainConfig("x", max_length=128, eval_fraction=0.25, sample_tokens=tokens)
+        assert bool(make_plan(DPO(), policy, pairs, config).prompts) is some
+
+
 def test_checkpoints_are_kept_as_asked(finished):
     folder = finished.dir / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"latest", "step-000002", "step-000004"}
