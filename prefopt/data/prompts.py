@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,10 +49,9 @@ class Prompts(Spool[Prompt]):
         if isinstance(prompts, str):
             self.take(where, prompts, rows)
             return
-        # As ASCII: half a surrogate pair in a column is no reason to leave the prompt out.
-        text = json.dumps(rest, default=_plainly)
-        self.take(where, [[prompt, text] for prompt in prompts], rows)
-        self.names |= dict.fromkeys(rest)
+        kept = {key: value for key, value in rest.items() if _as_text(value) is not None}
+        self.take(where, [[prompt, _as_text(kept)] for prompt in prompts], rows)
+        self.names |= dict.fromkeys(kept)
 
 
 def columns_of(prompts: Sequence[Prompt], places: Sequence[int]) -> dict[str, list[Any]]:
@@ -61,6 +61,14 @@ def columns_of(prompts: Sequence[Prompt], places: Sequence[int]) -> dict[str, li
         return {}
     rows = [prompts.columns(place) for place in places]
     return {name: [row.get(name) for row in rows] for name in prompts.names}
+
+
+def _as_text(value: Any) -> str | None:
+    """A column as JSON, None where it cannot be: that is no reason to leave the prompt out. As
+    ASCII, for the sake of half a surrogate pair."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return json.dumps(value, default=_plainly)
+    return None
 
 
 def _plainly(value: Any) -> Any:
